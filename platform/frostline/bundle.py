@@ -1,0 +1,112 @@
+"""Bundles: a trained model on disk, as the tensors that training moved and what is needed to put them back.
+
+A bundle is `model.safetensors` (the trained tensors; the backbone is named by its hash), `bundle.json` (spec, labels,
+preprocessing, scores, hashes, versions) and `README.md` (a model card). Nothing in it is executed when it is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import torch as safetensors
+
+from frostline.backbone import Backbone, load_backbone
+from frostline.freeze import Applied, Network, apply_plan, compile_plan, pretrained_names
+from frostline.head import build_head
+from frostline.spec import TrialSpec
+
+FORMAT = 1
+
+
+class BundleError(ValueError):
+    """A folder that is not a bundle, or one that does not fit its backbone."""
+
+
+def bundle_files(
+    spec: TrialSpec,
+    network: Network,
+    applied: Applied,
+    backbone: Backbone,
+    classes: tuple[str, ...],
+    row: dict[str, Any],
+) -> dict[str, bytes]:
+    """The files of a bundle, by name."""
+    stays = pretrained_names(network, applied)
+    state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+    moved = {name: tensor.contiguous() for name, tensor in state.items() if name not in stays}
+    scores = {name: value for name, value in row.items() if name.startswith(("val_", "test_"))}
+    about = {
+        "format": FORMAT,
+        "spec": spec.model_dump(mode="json"),
+        "labels": list(classes),
+        "preprocessing": {
+            "image_size": spec.data.image_size,
+            "fit": spec.data.fit,
+            "mean": list(backbone.mean),
+            "std": list(backbone.std),
+        },
+        "scores": scores,
+        "weights_hash": backbone.weights_hash,
+        "stages_hash": backbone.stages_hash,
+        "data_hash": row["data_hash"],
+        "versions": json.loads(row["versions"]),
+    }
+    return {
+        "model.safetensors": safetensors.save(moved),
+        "bundle.json": (json.dumps(about, indent=2) + "\n").encode(),
+        "README.md": _model_card(spec, classes, row).encode(),
+    }
+
+
+def load_bundle(folder: str | Path) -> tuple[Network, dict[str, Any]]:
+    """The network of a bundle in eval mode, and the content of its bundle.json. Raises BundleError."""
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+        tensors = safetensors.load_file(folder / "model.safetensors")
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{folder} is not a bundle: {error}") from error
+    if about.get("format") != FORMAT:
+        raise BundleError(f"{folder}: bundle format {about.get('format')!r}, and this version reads format {FORMAT}")
+    spec = TrialSpec.model_validate(about["spec"])
+    backbone = load_backbone(spec.backbone, image_size=spec.data.image_size)
+    if backbone.weights_hash != about["weights_hash"]:
+        raise BundleError(
+            f"{folder}: made on a backbone with weights {about['weights_hash']}, but {spec.backbone.name} "
+            f"({spec.backbone.weights}) now has {backbone.weights_hash}"
+        )
+    head = build_head(spec.config.head, backbone.feature_dim, len(about["labels"]), spec.seeds.head)
+    network = Network(copy.deepcopy(backbone.module), head)
+    applied = apply_plan(compile_plan(spec.config.freeze, backbone.stages), network, backbone)
+    stays = pretrained_names(network, applied)
+    missing, unexpected = network.load_state_dict(tensors, strict=False)
+    wrong = [name for name in missing if name not in stays] + unexpected
+    if wrong:
+        raise BundleError(f"{folder}: tensors missing or unknown: {', '.join(wrong[:5])}")
+    return network.eval(), about
+
+
+def _model_card(spec: TrialSpec, classes: tuple[str, ...], row: dict[str, Any]) -> str:
+    config = spec.config
+    return f"""---
+library_name: frostline
+tags: [image-classification, transfer-learning]
+base_model: {spec.backbone.name}
+---
+# {spec.trial_id}
+
+`{spec.backbone.name}` fine-tuned with strategy `{config.freeze.strategy}`: {row["freeze_depth"]} of {row["stages"]}
+stages frozen, norm layers `{config.freeze.norm}`, {row["trainable_params"]:,} of {row["total_params"]:,} parameters
+trained on {row["n_train"]} images for {row["epochs"]} epochs.
+
+| split | n | accuracy | NLL |
+|---|---|---|---|
+| test | {row["n_test"]} | {row["test_accuracy"]:.4f} | {row["test_nll"]:.4f} |
+
+{len(classes)} classes: {", ".join(classes[:50])}{", …" if len(classes) > 50 else ""}.
+
+One seed ({spec.seed}); the study's trials table has the others. The whole configuration is in `bundle.json`.
+"""

@@ -1,0 +1,145 @@
+"""The command line: `frostline search | plan | results | schema | init`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+import frostline
+from frostline import results
+from frostline.commit import StudyBusy
+from frostline.jobfile import load_job
+from frostline.spec import Job
+from frostline.reference import starter_job
+
+OVERRIDE_HELP = "dotted job keys laid over the file, for example train.lr=1e-3 or data.path=photos/"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and answer its exit status: 0 done, 1 failed, 2 a mistake in the input, 130 and 143 interrupted."""
+    arguments = build_parser().parse_args(argv)
+    errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    signal.signal(signal.SIGTERM, _terminate)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # python:MODULE:FUNCTION backbones lie in the working directory
+    try:
+        return arguments.run(arguments)
+    except (ValueError, StudyBusy) as error:
+        errors.print(f"frostline: {error}")
+        return 2
+    except RuntimeError as error:
+        if type(error).__module__.partition(".")[0] != "frostline":
+            raise
+        errors.print(f"frostline: {error}")
+        return 1
+    except KeyboardInterrupt:
+        errors.print("frostline: interrupted; what had finished is kept, and the same command goes on from there")
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="frostline",
+        description="Search what to freeze, how big a head and which learning rates: transfer learning on Ray.",
+    )
+    parser.add_argument("--version", action="version", version=f"frostline {frostline.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    search = _command(commands, "search", _search, "run a search, or go on with one that was interrupted")
+    _add_job(search)
+    where = search.add_mutually_exclusive_group()
+    where.add_argument(
+        "--address", help="a running Ray cluster, 'auto' on one of its nodes; else a local Ray is started"
+    )
+    where.add_argument("--inline", action="store_true", help="run in this process, without Ray, for debugging")
+
+    _add_job(_command(commands, "plan", _plan, "show what a search would run and cost, before anything is spent"))
+
+    shown = _command(commands, "results", _results, "show a study's leaderboard, or query its tables")
+    shown.add_argument("study", help="the study's folder, for example results/quickstart")
+    how = shown.add_mutually_exclusive_group()
+    how.add_argument("--sql", help="a DuckDB query over the tables trials, epochs, asks, predictions and splits")
+    how.add_argument("--json", action="store_true", help="the leaderboard as JSON")
+
+    _command(commands, "schema", _schema, "print the JSON Schema of a job file, for editors")
+
+    init = _command(commands, "init", _init, "write a commented job file to start from")
+    init.add_argument("path", nargs="?", default="job.toml", help="where to write it (default: job.toml)")
+    return parser
+
+
+def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:  # noqa: ANN001
+    parser = commands.add_parser(name, help=summary, description=summary[:1].upper() + summary[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", help="a job file (TOML); `frostline init` writes one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDE_HELP)
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    job = load_job(arguments.job, arguments.overrides)
+    try:
+        frostline.search(job, inline=arguments.inline, address=arguments.address)
+    finally:
+        if (job.folder / "trials").exists():
+            results.render(job.folder, _stdout())
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from frostline.estimate import render_plan
+
+    render_plan(load_job(arguments.job, arguments.overrides), _stdout())
+    return 0
+
+
+def _results(arguments: argparse.Namespace) -> int:
+    study = Path(arguments.study)
+    if arguments.sql:
+        results.render_table(results.query(study, arguments.sql), _stdout())
+    elif arguments.json:
+        print(json.dumps(results.to_json(study), indent=2, allow_nan=False))
+    else:
+        results.render(study, _stdout())
+    return 0
+
+
+def _schema(_: argparse.Namespace) -> int:
+    print(json.dumps(Job.model_json_schema(), indent=2))
+    return 0
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.path)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(starter_job(path.stem))
+    except FileExistsError:
+        raise ValueError(f"{path} exists; name another file: frostline init OTHER.toml") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    print(f"wrote {path}; next: frostline plan {path}")
+    return 0
+
+
+def _stdout() -> Console:
+    return Console(highlight=False)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise SystemExit(143)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

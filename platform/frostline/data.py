@@ -1,0 +1,257 @@
+"""From `spec.Data` to what a trial trains on: pixels, labels, splits, and the hashes that say which they were."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from frostline.files import DataError
+from frostline.pixels import content_hashes, load_pixels
+from frostline.sources import Source, open_source
+from frostline.spec import Data
+from frostline.splits import SPLITS, joined, split
+
+__all__ = ["DataError", "Dataset", "load_data", "splits_table", "subset"]
+
+_LISTED = 10  # problems that an error spells out
+_KEPT = 4  # datasets that a process holds on to
+_EMPTY = hashlib.sha256(b"").hexdigest()
+
+_loaded: dict[tuple[Data, int], Dataset] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """N samples in the order of their source; arrays run parallel."""
+
+    pixels: np.ndarray
+    """(N, size, size, 3) uint8 RGB, mapped read-only from the node's cache."""
+    labels: np.ndarray
+    """(N,) int64: indices into `classes`."""
+    sample_ids: tuple[str, ...]
+    classes: tuple[str, ...]
+    split: np.ndarray
+    """(N,) of "train", "val" and "test"."""
+    groups: tuple[str, ...] | None
+    excluded: tuple[tuple[str, str], ...]
+    """(sample id or folder, `kind: detail`) for all that was left out."""
+    data_hash: str
+    """16 hex digits over sample id, class and raw content of every sample, in order; the same for every image size."""
+    split_hash: str
+    """16 hex digits over sample id, class, group and split of every sample, and over what was excluded."""
+    pixels_hash: str
+    """16 hex digits over everything that could change `pixels`: contents, size, fit, versions."""
+
+    def indices(self, split: str) -> np.ndarray:
+        """The samples of a split, sorted, int64."""
+        assert split in SPLITS, split
+        return np.flatnonzero(self.split == split).astype(np.int64)
+
+
+def load_data(spec: Data, split_seed: int, *, progress: Callable[[int, int], None] | None = None) -> Dataset:
+    """The dataset of a job, decoded at `spec.image_size` and split by `split_seed`.
+
+    A process that asks again with equal arguments is given the same object without another look at the files; other
+    processes of the node share the decoded pixels. `progress(done, total)` is called while images are decoded.
+
+    Raises DataError when the data cannot be used, or, unless `spec.on_bad` is "exclude", when some of it cannot.
+    """
+    key = (spec, split_seed)
+    if key not in _loaded:
+        dataset = _load(spec, split_seed, progress)
+        while len(_loaded) >= _KEPT:
+            _loaded.pop(next(iter(_loaded)))
+        _loaded[key] = dataset
+    return _loaded[key]
+
+
+def subset(dataset: Dataset, per_class: int | None, seed: int) -> np.ndarray:
+    """Train samples, sorted, int64: all of them, or `per_class` of each class drawn by `seed`. With the same seed, a
+    smaller draw is part of a larger one.
+
+    Raises DataError when a class has fewer.
+    """
+    train = dataset.indices("train")
+    if per_class is None:
+        return train
+    labels = dataset.labels[train]
+    for label, name in enumerate(dataset.classes):
+        if (count := int(np.sum(labels == label))) < per_class:
+            raise DataError(
+                f"data.per_class = {per_class}, but class {name!r} has {count} samples in train: lower it to "
+                f"{min(Counter(labels.tolist()).values())} or below, or add samples"
+            )
+    drawn = np.argsort(np.random.default_rng(seed).random(len(train)), kind="stable")
+    chosen = [drawn[labels[drawn] == label][:per_class] for label in range(len(dataset.classes))]
+    return train[np.sort(np.concatenate(chosen))]
+
+
+def splits_table(dataset: Dataset) -> pa.Table:
+    """One row a sample (sample_id, label, group, split, reason), then one for all that was excluded (split "excluded", with
+    its reason). `dataset.split_hash` stands for it."""
+    out = len(dataset.excluded)
+    return pa.table(
+        {
+            "sample_id": [*dataset.sample_ids, *(what for what, _ in dataset.excluded)],
+            "label": [*(dataset.classes[label] for label in dataset.labels), *[None] * out],
+            "group": [*(dataset.groups or [None] * len(dataset.labels)), *[None] * out],
+            "split": [*dataset.split.tolist(), *["excluded"] * out],
+            "reason": [*[None] * len(dataset.labels), *(reason for _, reason in dataset.excluded)],
+        },
+        schema=pa.schema([(name, pa.string()) for name in ("sample_id", "label", "group", "split", "reason")]),
+    )
+
+
+def order_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """The label map: whole numbers first, by value, then all other names as plain strings."""
+
+    def place(name: str) -> tuple[int, int, str]:
+        number = re.fullmatch(r"-?[0-9]{1,18}", name)
+        return (0, int(name), name) if number else (1, 0, name)
+
+    return tuple(sorted(set(names), key=place))
+
+
+def _load(spec: Data, split_seed: int, progress: Callable[[int, int], None] | None) -> Dataset:
+    assert spec.image_size is not None, "resolve image_size before loading"
+    source = open_source(spec)
+    problems = list(source.problems)
+
+    def usable(indices: np.ndarray, reasons: dict[int, str]) -> np.ndarray:
+        problems.extend((source.sample_ids[indices[i]], reason) for i, reason in reasons.items())
+        return np.delete(indices, list(reasons))
+
+    hashes, unreadable = content_hashes(source)
+    kept = usable(np.arange(len(source.sample_ids)), unreadable)
+    contents = np.array([row.tobytes().hex() for row in hashes])
+    kept = usable(kept, _crossing(source, kept, contents))
+    pixels = load_pixels(
+        source,
+        kept,
+        hashes,
+        size=spec.image_size,
+        fit=spec.fit,
+        max_pixels=int(spec.max_megapixels * 1_000_000),
+        progress=progress,
+    )
+    kept = usable(kept, pixels.bad)
+    if problems and spec.on_bad == "error":
+        raise DataError(_listing(source.name, problems))
+
+    names = [source.names[i] for i in kept]
+    present = set(names)
+    classes = tuple(c for c in source.classes if c in present) if source.classes else order_classes(present)
+    if len(classes) < 2:
+        left = f"only samples of class {classes[0]!r}" if classes else "no samples"
+        raise DataError(f"{source.name} has {left}; at least two classes are needed{_after(problems)}")
+    numbers = {name: label for label, name in enumerate(classes)}
+    labels = np.array([numbers[name] for name in names], np.int64)
+    groups = None if source.groups is None else tuple(source.groups[i] for i in kept)
+    keys = [contents[kept]] if groups is None else [contents[kept], np.array(groups)]
+    assigned = _assign(spec, source, kept, labels, joined(*keys), classes, split_seed, _after(problems))
+    sample_ids = tuple(source.sample_ids[i] for i in kept)
+    rows = zip(sample_ids, names, groups or [None] * len(names), assigned.tolist(), strict=True)
+    return Dataset(
+        pixels=pixels.rows,
+        labels=labels,
+        sample_ids=sample_ids,
+        classes=classes,
+        split=assigned,
+        groups=groups,
+        excluded=tuple(problems),
+        data_hash=_hash_rows(zip(sample_ids, names, contents[kept].tolist(), strict=True)),
+        split_hash=_hash_rows([*rows, *((what, None, None, "excluded") for what, _ in problems)]),
+        pixels_hash=pixels.key,
+    )
+
+
+def _crossing(source: Source, kept: np.ndarray, contents: np.ndarray) -> dict[int, str]:
+    """Where the data comes with splits: position in `kept` -> why that sample leaks. Of samples with the same content or
+    group in several splits, test keeps its own, then val."""
+    if source.splits is None:
+        return {}
+    splits = [source.splits[i] for i in kept]
+    keys = {"duplicate": contents[kept].tolist()}
+    if source.groups is not None:
+        keys["shared group"] = [source.groups[i] for i in kept]
+    leaks: dict[int, str] = {}
+    for kind, values in keys.items():
+        first: dict[tuple[str, str], int] = {}  # (value, split) -> position
+        for position, (value, name) in enumerate(zip(values, splits, strict=True)):
+            if position not in leaks:
+                first.setdefault((value, name), position)
+        for position, (value, name) in enumerate(zip(values, splits, strict=True)):
+            if value == _EMPTY or position in leaks:
+                continue
+            other = next(
+                (first[value, s] for s in reversed(SPLITS[SPLITS.index(name) + 1 :]) if (value, s) in first), None
+            )
+            if other is None:
+                continue
+            twin = f"{source.sample_ids[kept[other]]} in {splits[other]}"
+            if kind == "duplicate":
+                differs = source.names[kept[other]] != source.names[kept[position]]
+                leaks[position] = f"duplicate: same content as {twin}" + (", under another label" if differs else "")
+            else:
+                leaks[position] = f"shared group: {value!r} as {twin}"
+    return leaks
+
+
+def _assign(
+    spec: Data,
+    source: Source,
+    kept: np.ndarray,
+    labels: np.ndarray,
+    units: np.ndarray,
+    classes: Sequence[str],
+    seed: int,
+    after: str,
+) -> np.ndarray:
+    """The split of every kept sample: as given, with what is not given carved out of train, or out of all."""
+    if source.splits is None:
+        return split(labels, units, val=spec.val, test=spec.test, seed=seed, classes=classes)
+    assigned = np.array([source.splits[i] for i in kept], dtype="<U5")
+    in_train = assigned == "train"
+    given = set(source.splits)
+    for name in given:
+        if not np.any(assigned == name):
+            raise DataError(f"{source.name} has no samples left in {name}{after}")
+    if "train" not in given:
+        raise DataError(f"{source.name} comes with {' and '.join(sorted(given))} but no train split")
+    for name in SPLITS[1:]:
+        if strays := set(labels[assigned == name].tolist()) - set(labels[in_train].tolist()):
+            listed = ", ".join(repr(classes[label]) for label in sorted(strays))
+            raise DataError(f"{source.name}: class(es) {listed} in {name}, but not in train{after}")
+    val, test = (0.0 if name in given else share for name, share in (("val", spec.val), ("test", spec.test)))
+    if val or test:
+        assigned[in_train] = split(labels[in_train], units[in_train], val=val, test=test, seed=seed, classes=classes)
+    return assigned
+
+
+def _listing(name: str, problems: Sequence[tuple[str, str]]) -> str:
+    kinds = Counter(reason.split(":")[0] for _, reason in problems)
+    lines = [
+        f"{len(problems)} problem(s) in {name} ({', '.join(f'{count} x {kind}' for kind, count in kinds.most_common())}):",
+        *(f"  {what}: {reason}" for what, reason in problems[:_LISTED]),
+    ]
+    if len(problems) > _LISTED:
+        lines.append(f"  and {len(problems) - _LISTED} more")
+    return "\n".join([*lines, 'Mend them, or set data.on_bad = "exclude" to leave them out, counted and listed.'])
+
+
+def _after(problems: Sequence[tuple[str, str]]) -> str:
+    return f", after {len(problems)} exclusion(s), such as {': '.join(problems[0])}" if problems else ""
+
+
+def _hash_rows(rows: Iterable[Sequence[str | None]]) -> str:
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(json.dumps(row).encode() + b"\n")
+    return total.hexdigest()[:16]

@@ -1,0 +1,267 @@
+"""Content hashes and decoded pixels, worked out once per node: files in a cache folder that every process maps.
+
+Each entry is a folder of its own: `lock` lets one process build while others wait, and files are renamed into place when
+they are complete and on disk, so that no reader ever sees a part of one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+import PIL
+
+from frostline.files import DataError
+from frostline.images import DECODE_VERSION, BadImage, Fit, decode, decode_grey
+from frostline.sources import Reader, Source
+from frostline.spec import digest
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_CHUNK = 16  # samples that a thread is handed at a time
+_SETTLED_NS = 2_000_000_000  # a file changed this recently may change again and keep its stamp
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    rows: np.ndarray
+    """(N, size, size, 3) uint8, mapped read-only: the readable ones of the samples asked for, in their order."""
+    bad: dict[int, str]
+    """Position among the samples asked for -> why it has no row."""
+    key: str
+    """16 hex digits over everything that could change the pixels."""
+
+
+def cache_root() -> Path:
+    """$FROSTLINE_CACHE, or ~/.cache/frostline."""
+    return Path(os.environ.get("FROSTLINE_CACHE") or "~/.cache/frostline").expanduser()
+
+
+def content_hashes(source: Source) -> tuple[np.ndarray, dict[int, str]]:
+    """The SHA-256 of every sample's raw content, (N, 32) uint8, and for those that cannot be read (zeros) why.
+
+    Kept under the source's stamp, so that unchanged files are not read again. Raises DataError when the storage of the
+    data or of the cache fails.
+    """
+    if source.stamp is None:
+        return _hash(source)
+    with _entry("hashes", source.stamp) as (folder, lock):
+        path = folder / "sha256.npy"
+        shape = (len(source.sample_ids), 32)
+        known = _mapped(path, shape)
+        if known is not None:
+            return known, {}
+        with lock():
+            known = _mapped(path, shape)
+            if known is not None:
+                return known, {}
+            started_ns = time.time_ns()
+            hashes, bad = _hash(source)
+            if not bad and source.changed_ns < started_ns - _SETTLED_NS:
+                _publish(path, lambda file: np.save(file, hashes))
+            return hashes, bad
+
+
+def load_pixels(
+    source: Source,
+    indices: np.ndarray,
+    hashes: np.ndarray,
+    *,
+    size: int,
+    fit: Fit,
+    max_pixels: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Pixels:
+    """The pixels of the samples `indices` (sorted) of `source`, whose content hashes to `hashes`, (N, 32) for all its samples.
+
+    Decoded in threads by the first process that asks, `progress(done, total)` being called in the caller's thread.
+    Raises DataError when a sample's content is not what was hashed, or the storage of the data or of the cache fails.
+    """
+    contents = hashlib.sha256(hashes[indices].tobytes()).hexdigest()
+    key = digest([DECODE_VERSION, PIL.__version__, contents, source.grey_shape, size, fit, max_pixels])
+    with _entry("pixels", key) as (folder, lock):
+        found = _opened(folder, key, len(indices), size)
+        if found is None:
+            with lock():
+                found = _opened(folder, key, len(indices), size)
+                if found is None:
+                    to_row = partial(_to_row, shape=source.grey_shape, size=size, fit=fit, max_pixels=max_pixels)
+                    _build(folder, source, indices, hashes, size, to_row, progress)
+                    found = _opened(folder, key, len(indices), size)
+                    assert found is not None, folder
+        return found
+
+
+def _hash(source: Source) -> tuple[np.ndarray, dict[int, str]]:
+    hashes = np.zeros((len(source.sample_ids), 32), np.uint8)
+    bad = {}
+    for i, outcome in enumerate(_in_threads(_sha256, source.read(range(len(hashes))))):
+        if isinstance(outcome, BadImage):
+            bad[i] = str(outcome)
+        else:
+            hashes[i] = np.frombuffer(outcome, np.uint8)
+    return hashes, bad
+
+
+def _sha256(read: Reader) -> bytes | BadImage:
+    try:
+        raw = read()
+    except BadImage as error:
+        return error
+    return hashlib.sha256(raw).digest()
+
+
+def _to_row(
+    item: tuple[Reader, bytes], *, shape: tuple[int, int] | None, size: int, fit: Fit, max_pixels: int
+) -> np.ndarray | BadImage | None:
+    """(size, size, 3) uint8, why there is none, or None when the content is no longer what was hashed."""
+    read, expected = item
+    try:
+        raw = read()
+        if hashlib.sha256(raw).digest() != expected:
+            return None
+        if shape is not None:
+            return decode_grey(raw, shape, size=size, fit=fit)
+        return decode(raw, size=size, fit=fit, max_pixels=max_pixels)
+    except BadImage as error:
+        return error
+
+
+def _build(
+    folder: Path,
+    source: Source,
+    indices: np.ndarray,
+    hashes: np.ndarray,
+    size: int,
+    to_row: Callable[[tuple[Reader, bytes]], np.ndarray | BadImage | None],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    total = len(indices)
+    bad: dict[int, str] = {}
+
+    def fill(file: BinaryIO) -> None:
+        header = partial(np.lib.format.write_array_header_1_0, file)
+        shape = (size, size, 3)
+        header({"descr": "|u1", "fortran_order": False, "shape": (total, *shape)})
+        start = file.tell()
+        expected = (hashes[i].tobytes() for i in indices)
+        items = zip(source.read(indices.tolist()), expected, strict=True)
+        for position, row in enumerate(_in_threads(to_row, items)):
+            if row is None:
+                raise DataError(
+                    f"{source.name}: {source.sample_ids[indices[position]]} changed while it was being read; "
+                    f"start again once the data is at rest"
+                )
+            if isinstance(row, BadImage):
+                bad[position] = str(row)
+            else:
+                file.write(row.tobytes())
+            if progress is not None:
+                progress(position + 1, total)
+        if bad:  # NumPy pads headers so that the first dimension can be written anew
+            file.seek(0)
+            header({"descr": "|u1", "fortran_order": False, "shape": (total - len(bad), *shape)})
+            assert file.tell() == start
+
+    _publish(folder / "pixels.npy", fill)
+    _publish(folder / "bad.json", lambda file: file.write(json.dumps(list(bad.items())).encode()))
+
+
+def _opened(folder: Path, key: str, total: int, size: int) -> Pixels | None:
+    """What was published, or None when that is nothing, or not of the right shape and length."""
+    try:
+        bad = {int(position): str(reason) for position, reason in json.loads((folder / "bad.json").read_text())}
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    rows = _mapped(folder / "pixels.npy", (total - len(bad), size, size, 3))
+    return None if rows is None else Pixels(rows, bad, key)
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    try:
+        with path.open("rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                return None
+            header = np.lib.format.read_array_header_1_0(file)
+            start = file.tell()
+        if header != (shape, False, np.dtype(np.uint8)) or path.stat().st_size != start + int(np.prod(shape)):
+            return None
+    except (FileNotFoundError, ValueError):
+        return None
+    if 0 in shape:  # an empty file cannot be mapped
+        return np.empty(shape, np.uint8)
+    return np.memmap(path, np.uint8, "r", start, shape)
+
+
+def _publish(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that it is there completely or not at all. Under the entry's lock: what a killed process left
+    behind is written over."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _entry(kind: str, key: str) -> Iterator[tuple[Path, Callable]]:
+    folder = cache_root() / kind / key
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        yield folder, partial(_locked, folder / "lock")
+    except OSError as error:
+        raise DataError(
+            f"the cache {folder} cannot be used: {error.strerror or error}; free space there, or let FROSTLINE_CACHE "
+            f"name another local folder"
+        ) from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel, however this process ends
+        yield
+
+
+def _in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`map` over threads, in order, that takes from `items` only a little ahead of what was given out."""
+
+    def work_on(chunk: Sequence[Item]) -> list[Result]:
+        return [work(item) for item in chunk]
+
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque = deque()
+        chunk: list[Item] = []
+        for item in items:
+            chunk.append(item)
+            if len(chunk) == _CHUNK:
+                pending.append(pool.submit(work_on, chunk))
+                chunk = []
+            if len(pending) > 2 * workers:
+                yield from pending.popleft().result()
+        pending.append(pool.submit(work_on, chunk))
+        while pending:
+            yield from pending.popleft().result()

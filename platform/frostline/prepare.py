@@ -1,0 +1,71 @@
+"""What must be known before a study: the data is read and split, the backbone loaded and cut into stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from frostline.backbone import Backbone, load_backbone
+from frostline.data import Dataset, load_data, subset
+from frostline.propose import distributions
+from frostline.spec import Job, derive_seed, depth_of
+from frostline.world import find_device, hardware, versions
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job with nothing left open, and what it stands on."""
+
+    job: Job
+    backbone: Backbone
+    dataset: Dataset
+    n_train: int
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is recorded beside the job, as JSON values."""
+        return {
+            "image_size": self.job.data.image_size,
+            "classes": list(self.dataset.classes),
+            "n_train": self.n_train,
+            "n_val": len(self.dataset.indices("val")),
+            "n_test": len(self.dataset.indices("test")),
+            "excluded": len(self.dataset.excluded),
+            "data_hash": self.dataset.data_hash,
+            "split_hash": self.dataset.split_hash,
+            "stages": [stage.name for stage in self.backbone.stages],
+            "stages_hash": self.backbone.stages_hash,
+            "weights_hash": self.backbone.weights_hash,
+            "feature_dim": self.backbone.feature_dim,
+            "hardware": hardware(find_device("cpu")),
+            "versions": versions(),
+        }
+
+
+def prepare(job: Job, progress: Callable[[int, int], None] | None = None) -> Prepared:
+    """Load what the job names and check that all of it fits together, before anything is spent.
+
+    Raises DataError, BackboneError or SpaceError, all of them ValueErrors.
+    """
+    job = _with_absolute_paths(job)
+    backbone = load_backbone(job.backbone, image_size=job.data.image_size)
+    data = job.data.model_copy(update={"image_size": job.data.image_size or backbone.image_size})
+    job = job.model_copy(update={"data": data})
+    dataset = load_data(data, derive_seed(job.seed, "split"), progress=progress)
+    train = subset(dataset, data.per_class, derive_seed(job.seed, "subset"))
+    depth_of(job.freeze, len(backbone.stages))
+    for arm in job.arms.values():
+        distributions(arm, len(backbone.stages))
+    return Prepared(job, backbone, dataset, len(train))
+
+
+def _with_absolute_paths(job: Job) -> Job:
+    """Trials may run in another working directory."""
+    data, backbone = job.data, job.backbone
+    if data.path not in ("digits", "fashion-mnist") and "://" not in data.path:
+        data = data.model_copy(update={"path": str(Path(data.path).absolute())})
+    if backbone.weights not in ("pretrained", "random"):
+        backbone = backbone.model_copy(update={"weights": str(Path(backbone.weights).absolute())})
+    return job.model_copy(update={"data": data, "backbone": backbone, "results": str(job.folder.absolute())})

@@ -1,0 +1,107 @@
+"""How a study goes on, for people: a live panel in a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from frostline.study import Finished, Snapshot
+
+LINE_SECONDS = 10.0
+
+
+class Progress:
+    """Shows snapshots; a context manager. Safe to call from any thread."""
+
+    def __init__(self, console: Console, every_s: float = LINE_SECONDS) -> None:
+        self.console, self.every_s = console, every_s
+        self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self.lock = threading.Lock()
+        self.started, self.shown_at = time.monotonic(), float("-inf")
+        self.shown: tuple[int, ...] | None = None
+
+    def __enter__(self) -> Progress:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Draw a snapshot; in a log, at most a line every `every_s` seconds and only when something has changed."""
+        with self.lock:
+            if self.live:
+                self.live.update(panel(snapshot))
+                return
+            state = (snapshot.done, snapshot.confirmed, snapshot.running)
+            ended = snapshot.done == snapshot.total and snapshot.confirmed >= snapshot.to_confirm
+            if state != self.shown and (ended or time.monotonic() - self.shown_at >= self.every_s):
+                self.shown, self.shown_at = state, time.monotonic()
+                self.console.print(Text(line(snapshot)), soft_wrap=True)
+
+    def decoding(self, done: int, total: int) -> None:
+        """Show how many images have been read."""
+        with self.lock:
+            if self.live:
+                self.live.update(Text(f"reading images: {done:,} of {total:,}"))
+            elif time.monotonic() - max(self.shown_at, self.started) >= self.every_s:
+                self.shown_at = time.monotonic()
+                self.console.print(f"reading images: {done:,} of {total:,}")
+
+
+def line(snapshot: Snapshot) -> str:
+    """A snapshot as one line of plain text."""
+    parts = [
+        f"[{duration(snapshot.elapsed_s)}]",
+        f"{snapshot.done}/{snapshot.total} trials",
+        f"{snapshot.running} running",
+        f"{snapshot.pruned} pruned",
+        f"{snapshot.failed} failed",
+    ]
+    if snapshot.to_confirm:
+        parts.append(f"{snapshot.confirmed}/{snapshot.to_confirm} confirmed")
+    if snapshot.best:
+        parts.append(f"best {score(snapshot.best)}")
+    if snapshot.left_s is not None and snapshot.left_s > 0:
+        parts.append(f"about {duration(snapshot.left_s)} left")
+    return "  ".join(parts)
+
+
+def panel(snapshot: Snapshot) -> Group:
+    """A snapshot as a few live lines."""
+    counts = Table.grid(padding=(0, 2))
+    bar = ProgressBar(
+        total=snapshot.total + snapshot.to_confirm, completed=snapshot.done + snapshot.confirmed, width=40
+    )
+    left = f"about {duration(snapshot.left_s)} left" if snapshot.left_s is not None else "starting"
+    counts.add_row(bar, Text(duration(snapshot.elapsed_s)), Text(left))
+    state = (
+        f"{snapshot.done} of {snapshot.total} trials, {snapshot.running} running, {snapshot.pruned} pruned, "
+        f"{snapshot.failed} failed; {snapshot.confirmed} of {snapshot.to_confirm} confirmations"
+    )
+    lines = [Text(state)]
+    if snapshot.best:
+        lines.append(Text(f"best so far    {score(snapshot.best)}"))
+    if snapshot.latest:
+        lines.append(Text(f"last finished  {score(snapshot.latest)}", style="dim"))
+    return Group(counts, *lines)
+
+
+def score(trial: Finished) -> str:
+    """`0.9512 (freeze-00007)`, or how the trial ended where it has no score."""
+    return f"{trial.score:.4f} ({trial.trial_id})" if trial.score is not None else f"{trial.trial_id} {trial.status}"
+
+
+def duration(seconds: float) -> str:
+    """`0:07`, `12:34` or `3:04:05`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,428 @@
+"""A study's rows: the schemas of its tables, reading them, the leaderboard, and SQL.
+
+A study is a folder: job.json (the job, and the facts that it was resolved with), splits.parquet, and one folder of numbered
+Parquet parts for each of asks, epochs, predictions and trials. A part counts once its trials are there. Everything here may
+be called while the study is being written; a reader sees whole commits only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.table import Table
+from rich.text import Text
+
+from frostline.commit import VERSION, DamagedFile, committed_parts, load_table, local_folder, read_table, write_table
+from frostline.spec import Mode
+
+_TYPES = {
+    "text": pa.string(),
+    "json": pa.string(),  # as plain text it opens everywhere, and DuckDB's ->> reads it all the same
+    "time": pa.timestamp("us", tz="UTC"),
+    "floats": pa.list_(pa.float32()),
+}
+
+
+def _schema(columns: str) -> pa.Schema:
+    """A schema from lines of a type and the columns that have it, in order."""
+    lines = [line.split() for line in columns.strip().splitlines()]
+    fields = [(name, _TYPES.get(kind) or pa.type_for_alias(kind)) for kind, *names in lines for name in names]
+    return pa.schema(fields, {VERSION: b"1"})
+
+
+SCHEMAS = {
+    "asks": _schema("""
+        int64   seq
+        text    trial_id arm
+        int32   number
+        json    params sampler
+        time    asked_at
+    """),
+    "epochs": _schema("""
+        text    trial_id
+        int32   epoch
+        int8    phase
+        int64   seq
+        float64 train_loss val_loss val_score val_accuracy val_balanced_accuracy val_macro_f1 lr head_lr seconds
+        int64   images
+        text    decision
+    """),
+    "predictions": _schema("""
+        text    trial_id sample_id
+        int32   label predicted
+        floats  probabilities
+    """),
+    "trials": _schema("""
+        text    trial_id arm
+        int32   number
+        text    round status error_kind reason error strategy config_id
+        json    spec
+        int64   seed
+        json    seeds
+        text    finalist_of
+        int32   freeze_depth
+        float64 freeze_fraction
+        int32   stages
+        text    stages_hash norm
+        int32   head_hidden
+        float64 head_dropout
+        text    head_init optimizer
+        float64 lr head_lr layer_decay weight_decay
+        int32   batch_size epochs epochs_asked
+        float64 val_score last_score best_epoch_score
+        int32   best_epoch
+        float64 val_nll test_score test_nll test_accuracy test_balanced_accuracy test_macro_f1
+        int64   n_train n_val n_test
+        float64 seconds device_s seconds_data seconds_features seconds_train seconds_eval
+        int64   images_forward images_backward
+        float64 peak_mib
+        int64   trainable_params total_params
+        text    inputs audit
+        json    applied_lrs
+        text    device precision
+        int32   threads
+        text    node hardware
+        json    versions
+        text    data_hash split_hash weights_hash
+        time    started_at finished_at
+        int64   ask_seq tell_seq
+        json    sampler
+    """),
+    "splits": _schema("""
+        text    sample_id label group split reason
+    """),
+}
+"""Table -> its columns, the one place where they are defined."""
+
+RECORD = "trials"
+TABLES = ("asks", "epochs", "predictions", RECORD)
+"""The tables of a commit, in its order: the record is last."""
+
+STATUSES: tuple[str, ...] = ("complete", "pruned", "failed")
+FIXED_FACTS = ("classes", "data_hash", "split_hash", "stages_hash", "weights_hash")
+"""The facts in job.json that a study keeps for life."""
+
+_CONFIG = (
+    *("strategy", "config_id", "freeze_depth", "stages", "norm", "head_hidden", "head_dropout", "head_init"),
+    *("optimizer", "lr", "head_lr", "layer_decay", "weight_decay", "batch_size"),
+    *("inputs", "trainable_params", "total_params"),
+)
+
+
+class NotAStudyError(ValueError):
+    """A folder that holds no study."""
+
+
+class QueryError(ValueError):
+    """SQL that DuckDB refuses; the text names the tables and their columns."""
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """Who leads, as JSON values. A score that is missing or not finite is None."""
+
+    finalists: list[dict[str, Any]]
+    """By mean validation score (never by test): trial_id, arm, configuration, n, failed, and mean and sd (n - 1; None
+    below two) over the n complete confirmations of val_score and test_score, mean seconds and epochs."""
+    trials: list[dict[str, Any]]
+    """Complete search trials by val_score; ties in the order in which they finished."""
+    counts: dict[str, dict[str, int]]
+    """Round -> status -> trials."""
+    stopped: dict[str, dict[str, int]]
+    """`pruned`, or the kind of a failure -> reason -> trials, of both rounds, the most frequent first."""
+
+
+def table_of(name: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows as a table of the study; columns that a row leaves out are null."""
+    schema = SCHEMAS[name]
+    for row in rows:
+        assert row.keys() <= set(schema.names), f"{name} has no columns {sorted(row.keys() - set(schema.names))}"
+        if name == RECORD:
+            assert row["status"] in STATUSES, row["status"]
+            assert row["status"] == "complete" or row.get("val_score") is None, "only a complete trial has a val_score"
+    return pa.Table.from_pylist([dict(row) for row in rows], schema)
+
+
+def read_trials(study: str | Path) -> pa.Table:
+    """One row a finished trial, no rows before the first. Raises NotAStudyError, DamagedFile, UnknownSchema, as all readers."""
+    return _read(study, "trials")
+
+
+def read_epochs(study: str | Path) -> pa.Table:
+    """One row an epoch of a finished trial."""
+    return _read(study, "epochs")
+
+
+def read_predictions(study: str | Path) -> pa.Table:
+    """One row a test sample and complete confirmation."""
+    return _read(study, "predictions")
+
+
+def read_asks(study: str | Path) -> pa.Table:
+    """One row a proposal of a sampler, also of trials that never finished."""
+    return _read(study, "asks")
+
+
+def write_splits(study: Path, splits: pa.Table) -> None:
+    """Record which sample is in which split, and what was excluded for which reason."""
+    schema = SCHEMAS["splits"]
+    assert set(splits.column_names) == set(schema.names), splits.column_names
+    write_table(study / "splits.parquet", splits.select(schema.names).cast(schema))
+
+
+def read_splits(study: str | Path) -> pa.Table:
+    """What `write_splits` recorded."""
+    return load_table(_folder(study) / "splits.parquet", SCHEMAS["splits"])
+
+
+def read_job(study: str | Path) -> dict[str, Any]:
+    """job.json: `job`, resolved, and `facts`."""
+    path = _folder(study) / "job.json"
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedFile(f"{path} is not what was written ({error}). Put it back from a copy") from None
+    if not isinstance(record, dict) or not {"job", "facts"} <= record.keys():
+        raise NotAStudyError(f"{path} was not written by Frostline: it holds no `job` and `facts`")
+    return record
+
+
+def leaderboard(trials: pa.Table, mode: Mode) -> Leaderboard:
+    """Finalists and search trials, best first, from `read_trials`; `max` or `min` says which score is better."""
+    columns = ["trial_id", "arm", "round", "status", "error_kind", "reason", "finalist_of", "val_score", "test_score"]
+    rows = [
+        {key: _finite(value) for key, value in row.items()}
+        for row in trials.select([*columns, "epochs", "seconds", "device_s", "tell_seq", *_CONFIG]).to_pylist()
+    ]
+    confirmed: dict[str, list[dict[str, Any]]] = {}
+    counts: dict[str, dict[str, int]] = {name: dict.fromkeys(STATUSES, 0) for name in ("search", "confirm")}
+    stopped: dict[str, Counter[str]] = {}
+    for row in rows:
+        counts[row["round"]][row["status"]] += 1
+        if row["round"] == "confirm":
+            confirmed.setdefault(row["finalist_of"], []).append(row)
+        if row["status"] != "complete":
+            kind = "pruned" if row["status"] == "pruned" else row["error_kind"] or "unknown"
+            stopped.setdefault(kind, Counter())[row["reason"] or "no reason given"] += 1
+    complete = [row for row in rows if row["round"] == "search" and row["status"] == "complete"]
+    complete.sort(key=lambda row: row["tell_seq"] or 0)
+    shown = ["trial_id", "arm", "val_score", "epochs", "seconds", "device_s", *_CONFIG]
+    return Leaderboard(
+        finalists=_ranked([_finalist(trial_id, seeds) for trial_id, seeds in confirmed.items()], "val_mean", mode),
+        trials=_ranked([{key: row[key] for key in shown} for row in complete], "val_score", mode),
+        counts=counts,
+        stopped={kind: dict(reasons.most_common()) for kind, reasons in sorted(stopped.items())},
+    )
+
+
+def query(study: str | Path, sql: str) -> pa.Table:
+    """The answer to a DuckDB query over trials, epochs, predictions, asks and splits, all as of one commit.
+
+    The rows are verified before DuckDB sees them, and it sees nothing else: no files, no network. Raises QueryError.
+    """
+    folder = _folder(study)
+    parts = committed_parts(folder, RECORD)
+    tables = {name: read_table(folder, name, RECORD, SCHEMAS[name], parts) for name in TABLES}
+    if (folder / "splits.parquet").exists():
+        tables["splits"] = read_splits(folder)
+    with duckdb.connect(":memory:") as connection:
+        for name, table in tables.items():
+            connection.register(name, table)
+        connection.execute("SET TimeZone = 'UTC'; SET enable_external_access = false; SET lock_configuration = true")
+        try:
+            answer = connection.sql(sql)
+            if answer is not None:
+                return answer.to_arrow_table()
+            problem = "this statement answers nothing; write a SELECT"
+        except duckdb.Error as error:
+            problem = str(error).strip()
+    columns = "\n".join(f"  {name}: {', '.join(table.column_names)}" for name, table in tables.items())
+    raise QueryError(f"{problem}\nThe tables of {folder}, and their columns:\n{columns}")
+
+
+def to_json(study: str | Path) -> dict[str, Any]:
+    """The leaderboard and what it is about, as JSON values."""
+    job, trials = read_job(study)["job"], read_trials(study)
+    objective = job["objective"]
+    return {
+        "study": str(study),
+        "name": job["name"],
+        "metric": objective["metric"],
+        "mode": objective["mode"],
+        "device_s": _device_s(trials),
+        **asdict(leaderboard(trials, objective["mode"])),
+    }
+
+
+def render(study: str | Path, console: Console, rows: int = 20) -> None:
+    """Print the leaderboard, at most `rows` search trials, and a summary; 100 columns suffice."""
+    found = to_json(study)
+    trials, metric = found["trials"][:rows], found["metric"]
+    lines = [_line(rank, row, "finalist") for rank, row in enumerate(found["finalists"], 1)]
+    lines += [_line(rank, row, "complete") for rank, row in enumerate(trials, 1)]
+    if lines:
+        left = ("arm", "trial", "status", "norm", "head")
+        hidden = {"test"} if not found["finalists"] else set()
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+        for name in [name for name in lines[0] if name not in hidden]:
+            align, fold = ("left" if name in left else "right"), name in ("arm", "trial")
+            table.add_column(name, justify=align, no_wrap=not fold, overflow="fold", min_width=5 if fold else None)
+        for line in lines:
+            table.add_row(*(_plain(value) for name, value in line.items() if name not in hidden))
+        _print_whole(table, console)  # squeezed, a number reads as another number
+    if len(found["trials"]) > rows:
+        console.print(_plain(f"… and {len(found['trials']) - rows} more complete trials"))
+    console.print()
+    for line in _summary(found, Path(study)):
+        console.print(_plain(line), soft_wrap=True)
+    if found["finalists"]:
+        console.print(_plain(f"val, test: {metric}, mean±sd over (n) fresh seeds; finalists are ranked by val"))
+
+
+def render_table(table: pa.Table, console: Console) -> None:
+    """Print any table, as `query` answers."""
+    shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    for field in table.schema:
+        numeric = pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_decimal(field.type)
+        shown.add_column(_plain(field.name), justify="right" if numeric else "left", overflow="fold")
+    for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
+        shown.add_row(*(_plain(f"{value:.6g}" if isinstance(value, float) else value) for value in row))
+    console.print(shown) if console.is_terminal else _print_whole(shown, console)
+    console.print(f"{table.num_rows} row{'s' * (table.num_rows != 1)}")
+
+
+def _folder(study: str | Path) -> Path:
+    folder = local_folder(study)
+    if (folder / "job.json").is_file():
+        return folder
+    known = sorted({path.parent for root in (folder.parent, Path("results")) for path in root.glob("*/job.json")})
+    near = difflib.get_close_matches(folder.name, [path.name for path in known], 1)
+    guess = next((f" Did you mean {path}?" for path in known if [path.name] == near), "")
+    there = f" Studies here: {', '.join(map(str, known[:20]))}." if known else " `frostline search JOB` makes one."
+    raise NotAStudyError(f"{folder} is not a study: it has no job.json.{guess}{there}")
+
+
+def _read(study: str | Path, table: str) -> pa.Table:
+    return read_table(_folder(study), table, RECORD, SCHEMAS[table])
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _ranked(rows: list[dict[str, Any]], key: str, mode: Mode) -> list[dict[str, Any]]:
+    """Best first, rows without a score last, ties as they were."""
+    sign = -1 if mode == "max" else 1
+    return sorted(rows, key=lambda row: math.inf if row[key] is None else sign * row[key])
+
+
+def _finalist(trial_id: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    complete = [row for row in seeds if row["status"] == "complete"]
+    val, test = ([row[key] for row in complete if row[key] is not None] for key in ("val_score", "test_score"))
+    return {
+        "trial_id": trial_id,
+        "arm": seeds[0]["arm"],
+        "n": len(complete),
+        "failed": len(seeds) - len(complete),
+        "val_mean": _mean(val),
+        "val_sd": statistics.stdev(val) if len(val) > 1 else None,
+        "test_mean": _mean(test),
+        "test_sd": statistics.stdev(test) if len(test) > 1 else None,
+        "epochs": _mean([row["epochs"] for row in complete]),
+        "seconds": _mean([row["seconds"] for row in complete]),
+        **{key: (complete or seeds)[0][key] for key in _CONFIG},
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _device_s(trials: pa.Table) -> float:
+    return math.fsum(value for value in trials["device_s"].to_pylist() if _finite(value) is not None)
+
+
+def _line(rank: int, row: Mapping[str, Any], status: str) -> dict[str, str]:
+    """One line of the table: heading -> text."""
+    hidden, depth, stages = row["head_hidden"], row["freeze_depth"], row["stages"]
+    test = "" if row.get("test_mean") is None else f"{row['test_mean']:.3f}"
+    if row.get("test_sd") is not None:
+        test += f"±{row['test_sd']:.3f}"
+    return {
+        "#": str(rank),
+        "arm": row["arm"],
+        "trial": row["trial_id"].removeprefix(f"{row['arm']}-"),
+        "status": status,
+        "depth": "" if depth is None else f"{depth}/{stages}",
+        "norm": (row["norm"] or "").removesuffix("ibrate"),
+        "head": "" if hidden is None else f"mlp{hidden}" if hidden else "linear",
+        "lr": _short(row["lr"]),
+        "head\nlr": _short(row["head_lr"]),
+        "val": "" if (val := row.get("val_score", row.get("val_mean"))) is None else f"{val:.4f}",
+        "test": f"{test} ({row['n']})" if status == "finalist" else "",
+        "ep": "" if row["epochs"] is None else f"{row['epochs']:.0f}",
+        "s": "" if row["seconds"] is None else f"{row['seconds']:.0f}",
+        "train\nable": _count(row["trainable_params"]),
+    }
+
+
+def _summary(found: Mapping[str, Any], study: Path) -> Iterable[str]:
+    search, confirm = found["counts"]["search"], found["counts"]["confirm"]
+    if not any((*search.values(), *confirm.values())):
+        yield "No trial has finished yet."
+    else:
+        yield "search: " + ", ".join(f"{n} {status}" for status, n in search.items())
+    if any(confirm.values()):
+        yield "confirm: " + ", ".join(f"{n} {status}" for status, n in confirm.items())
+    for kind, reasons in found["stopped"].items():
+        if kind != "pruned":
+            yield f"failed, {kind}: {sum(reasons.values())}, for example: {next(iter(reasons))}"
+    yield f"device time: {_duration(found['device_s'])}"
+    yield f"study: {study}"
+
+
+def _short(value: float | None) -> str:
+    """`3e-4`, `3.2e-4`."""
+    if value is None:
+        return ""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def _count(value: int | None) -> str:
+    """`5210`, `12.8k`, `3.4M`, `340M`."""
+    if value is None or value < 10_000:
+        return "" if value is None else str(value)
+    scaled, unit = (value / 1e6, "M") if value >= 1e6 else (value / 1e3, "k")
+    return f"{scaled:.{int(scaled < 100)}f}{unit}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _plain(value: Any) -> Text:
+    """A value as text that neither markup nor terminal control codes can come out of."""
+    text = "" if value is None else str(value)
+    return Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text))
+
+
+def _print_whole(table: Table, console: Console) -> None:
+    """Print a table in at least 100 columns, however narrow the console is (80, where a pipe has no width)."""
+    lines = console.render_lines(table, console.options.update_width(max(console.width, 100)), pad=False)
+    console.print(Segments([part for line in lines for part in (*line, Segment.line())]), crop=False, end="")

@@ -1,0 +1,255 @@
+"""What the data holds, before any image is decoded: samples, class names, given splits, groups, and how to read each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+from pyarrow.fs import FileInfo
+
+from frostline import idx
+from frostline.files import DataError, Place, Tree, locate, read_bytes, scan
+from frostline.imagetable import SPLIT_NAMES, open_table, read_cells
+from frostline.spec import Data, digest
+
+Kind = Literal["digits", "idx", "parquet", "folder"]
+Reader = Callable[[], bytes]
+"""Gives the raw content of one sample, in any thread. Raises BadImage."""
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+
+FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts it
+FASHION_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+_IDX_NAME = re.compile(r"((?:train|t10k)-(?:images-idx3|labels-idx1)-ubyte)(?:\.gz)?")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The samples of a dataset in their order; the lists run parallel."""
+
+    name: str
+    sample_ids: list[str]
+    names: list[str]
+    """The class of each sample."""
+    read: Callable[[Sequence[int]], Iterator[Reader]]
+    """For sample indices in rising order, a reader each."""
+    splits: list[str] | None = None
+    """Where the data comes with splits: "train", "val" or "test" for each sample."""
+    groups: list[str] | None = None
+    problems: tuple[tuple[str, str], ...] = ()
+    """(what, `kind: detail`) for all that is there and cannot become a sample."""
+    stamp: str | None = None
+    """Changes when a file behind the samples does (name, size, modification time); None where nothing says so cheaply."""
+    changed_ns: int = 0
+    """The latest modification behind the stamp, nanoseconds since 1970."""
+    grey_shape: tuple[int, int] | None = None
+    """(height, width) where the raw content is grey pixels, a byte each; None where it is an encoded image."""
+    classes: tuple[str, ...] | None = None
+    """The classes in their own order, where they have one."""
+
+
+def open_source(spec: Data) -> Source:
+    """List the samples at `spec.path`.
+
+    Raises DataError when there is nothing there, or nothing that can be used.
+    """
+    if spec.path == "digits":
+        return _digits()
+    place = locate(FASHION_MNIST if spec.path == "fashion-mnist" else spec.path)
+    try:
+        tree = scan(place)
+    except DataError as error:
+        if spec.path != "fashion-mnist":
+            raise
+        raise DataError(f"{error}; `apt-get install dataset-fashion-mnist` puts it there (Debian, Ubuntu)") from None
+    kind = infer_kind(spec.path, tree.files)
+    if tree.is_file and kind != "parquet":
+        raise DataError(f"{place.name} is a single file and not Parquet: name a folder or a .parquet file")
+    if kind == "idx":
+        return _idx(place, tree)
+    return _parquet(spec, place, tree) if kind == "parquet" else _folder(place, tree)
+
+
+def infer_kind(path: str, files: Iterable[str]) -> Kind:
+    """What `data.path` stands for, given the names of the files there relative to it. IDX files lie at the top; any
+    Parquet file makes it Parquet, and images beside it are what its rows name."""
+    if path == "digits":
+        return "digits"
+    files = list(files)
+    if path == "fashion-mnist" or any(_IDX_NAME.fullmatch(name) for name in files):
+        return "idx"
+    return "parquet" if any(name.lower().endswith(PARQUET_SUFFIXES) for name in files) else "folder"
+
+
+def _digits() -> Source:
+    from sklearn.datasets import load_digits  # takes a second to import
+
+    digits: Any = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8), levels 0 to 16
+    return Source(
+        name="digits",
+        sample_ids=[f"digits/{i}" for i in range(len(pixels))],
+        names=[str(label) for label in digits.target.tolist()],
+        read=lambda indices: (pixels[i].tobytes for i in indices),
+        grey_shape=(8, 8),
+    )
+
+
+def _folder(place: Place, tree: Tree) -> Source:
+    images = [name for name in tree.files if name.lower().endswith(IMAGE_SUFFIXES)]
+    if not images:
+        seen = (
+            f"{len(tree.files)} other file(s), such as {next(iter(tree.files))!r}" if tree.files else "no visible file"
+        )
+        raise DataError(f"{place.name} holds no images ({' '.join(IMAGE_SUFFIXES)}) and no Parquet, but {seen}")
+    top = [name for name in tree.folders if "/" not in name]
+    given = [name for name in top if name.lower() in SPLIT_NAMES]
+    if 1 < len(given) < len(top):
+        stray = next(name for name in top if name not in given)
+        raise DataError(
+            f"{place.name} holds split folders ({', '.join(given)}) beside {stray!r}: is that a class or a split? "
+            f"Move it, or keep nothing but train, val and test there"
+        )
+    has_splits = 0 < len(given) == len(top)
+    depth = 1 if has_splits else 0  # where in its path an image's class stands
+    classed = [name for name in images if name.count("/") > depth]
+    used = {name.rsplit("/", name.count("/") - level)[0] for name in classed for level in range(depth + 1)}
+    problems = [(name, "no class: lies in no class folder") for name in images if name.count("/") <= depth]
+    for name in tree.folders:
+        if name.count("/") <= depth and name not in used:
+            kind = "class" if name.count("/") == depth else "split"
+            problems.append((name, f"empty {kind}: no images in this folder"))
+    stamp, changed_ns = _stamp(place, {name: tree.files[name] for name in classed})
+    parts = [name.split("/") for name in classed]
+    return Source(
+        name=place.name,
+        sample_ids=classed,
+        names=[part[depth] for part in parts],
+        read=lambda indices: (partial(read_bytes, place / classed[i]) for i in indices),
+        splits=[SPLIT_NAMES[part[0].lower()] for part in parts] if has_splits else None,
+        problems=tuple(problems),
+        stamp=stamp,
+        changed_ns=changed_ns,
+    )
+
+
+def _idx(place: Place, tree: Tree) -> Source:
+    found = {match[1]: name for name in tree.files if (match := _IDX_NAME.fullmatch(name))}
+    prefixes = ("train", "t10k") if any(name.startswith("t10k") for name in found) else ("train",)
+    images, labels, shapes = {}, {}, {}
+    for prefix in prefixes:
+        for needed in (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"):
+            if needed not in found:
+                there = ", ".join(sorted(found.values())) or "no IDX files"
+                raise DataError(f"{place.name} has no {needed}(.gz), but {there}")
+        images[prefix] = place / found[f"{prefix}-images-idx3-ubyte"]
+        count, *shape = idx.image_dims(images[prefix])
+        labels[prefix] = idx.read_labels(place / found[f"{prefix}-labels-idx1-ubyte"]).tolist()
+        shapes[prefix] = (shape[0], shape[1])
+        if count != len(labels[prefix]):
+            raise DataError(f"{images[prefix].name} has {count} images for {len(labels[prefix])} labels")
+        if shapes[prefix] != shapes["train"]:
+            raise DataError(f"{images[prefix].name} has images of {shapes[prefix]} pixels, train of {shapes['train']}")
+    at = [(prefix, i) for prefix in prefixes for i in range(len(labels[prefix]))]
+    numbers = [labels[prefix][i] for prefix, i in at]
+    fashion = PurePosixPath(place.path).name == "fashion-mnist"
+    if fashion and max(numbers, default=0) >= len(FASHION_CLASSES):
+        raise DataError(f"{place.name} has label {max(numbers)}; Fashion-MNIST has 0 to {len(FASHION_CLASSES) - 1}")
+
+    def read(indices: Sequence[int]) -> Iterator[Reader]:
+        for prefix, run in groupby((at[i] for i in indices), key=lambda where: where[0]):
+            pixels = idx.read_images(images[prefix])
+            for _, i in run:
+                yield pixels[i].tobytes
+
+    stamp, changed_ns = _stamp(place, {name: tree.files[name] for name in found.values()})
+    return Source(
+        name=place.name,
+        sample_ids=[f"{prefix}/{i}" for prefix, i in at],
+        names=[FASHION_CLASSES[number] if fashion else str(number) for number in numbers],
+        read=read,
+        splits=["train" if prefix == "train" else "test" for prefix, _ in at] if len(prefixes) > 1 else None,
+        stamp=stamp,
+        changed_ns=changed_ns,
+        grey_shape=shapes["train"],
+        classes=FASHION_CLASSES if fashion else None,
+    )
+
+
+def _parquet(spec: Data, place: Place, tree: Tree) -> Source:
+    root = place.parent if tree.is_file else place
+    names = [name for name in tree.files if name.lower().endswith(PARQUET_SUFFIXES)]
+    tables = {name: open_table(root / name, spec) for name in names}
+    by_file = _splits_by_file(place, names)
+    at: list[tuple[str, int]] = []  # (file, row) of each sample
+    labels, groups, splits = [], [], []
+    problems: list[tuple[str, str]] = []
+    for name, table in tables.items():
+        rows = len(table.labels)
+        of_rows = table.splits or [by_file.get(name)] * rows
+        for row, (label, group, split) in enumerate(
+            zip(table.labels, table.groups or [""] * rows, of_rows, strict=True)
+        ):
+            if label is None or group is None or (split is None and table.splits):
+                lacks = "label" if label is None else "group" if group is None else "split"
+                problems.append((f"{name}:{row}", f"no {lacks}: null in this row"))
+                continue
+            at.append((name, row))
+            labels.append(label)
+            groups.append(group)
+            splits.append(split)
+    if None in splits and set(splits) != {None}:
+        raise DataError(f"{place.name}: some of its Parquet files say which split their rows are in, some do not")
+
+    def read(indices: Sequence[int]) -> Iterator[Reader]:
+        for name, run in groupby((at[i] for i in indices), key=lambda where: where[0]):
+            yield from read_cells(root / name, spec.image_column, [row for _, row in run])
+
+    files = {name: tree.files[name] for name in names}
+    for name, table in tables.items():
+        folder = (root / name).parent
+        paths = sorted(set(table.paths or []))
+        infos = folder.fs.get_file_info([f"{folder.path}/{path}" for path in paths])
+        files |= {f"{name}/{path}": info for path, info in zip(paths, infos, strict=True)}
+    stamp, changed_ns = _stamp(place, files, spec.image_column, spec.label_column, spec.group_column)
+    return Source(
+        name=place.name,
+        sample_ids=[f"{name}:{row}" for name, row in at],
+        names=labels,
+        read=read,
+        splits=None if None in splits else splits,
+        groups=groups if spec.group_column else None,
+        problems=tuple(problems),
+        stamp=None if any(table.paths is None for table in tables.values()) else stamp,
+        changed_ns=changed_ns,
+    )
+
+
+def _splits_by_file(place: Place, names: list[str]) -> dict[str, str]:
+    """File -> split, where every file's name or top folder says it, as Hugging Face names them: `train-00000-of-00002`."""
+    said = {}
+    for name in names:
+        folder, word = name.split("/")[0].lower(), re.split(r"[-_.]", PurePosixPath(name).name.lower())[0]
+        if (split := SPLIT_NAMES.get(word) or SPLIT_NAMES.get(folder)) is not None:
+            said[name] = split
+    if len(set(said.values())) < 2:  # one lone `train.parquet` says nothing
+        return {}
+    for name in names:
+        if name not in said:
+            raise DataError(f"{place.name} holds {next(iter(said))!r} beside {name!r}: which split is the latter in?")
+    return said
+
+
+def _stamp(place: Place, files: dict[str, FileInfo], *columns: str | None) -> tuple[str, int]:
+    seen = [(name, info.size, info.mtime_ns) for name, info in sorted(files.items())]
+    return digest([place.name, columns, seen]), max((when or 0 for _, _, when in seen), default=0)

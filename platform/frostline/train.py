@@ -1,0 +1,219 @@
+"""Training one network on one process: a generator of epoch records."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _NormBase
+
+from frostline.features import EVAL_BATCH, Fetch, chunks
+from frostline.freeze import Applied, Network, check_gradients, check_masks, train_mode
+from frostline.metrics import scores
+from frostline.spec import Metric, Train
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss that is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The labelled samples of one split, read in mini-batches."""
+
+    fetch: Fetch
+    samples: np.ndarray  # (n,) int64 sample numbers
+    labels: Tensor  # (n,) int64, on the device
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What is known after one epoch; scores are of the weights at its end."""
+
+    epoch: int  # counts from 1
+    train_loss: float
+    val: dict[Metric, float]
+    val_score: float
+    lr: float
+    head_lr: float
+    images: int
+    seconds: float  # of this epoch's training and validation
+    eval_seconds: float
+
+
+@dataclass(frozen=True)
+class Seeding:
+    """The random streams that training draws from."""
+
+    order: int
+    dropout: int
+
+
+def train_epochs(
+    network: Network,
+    applied: Applied,
+    config: Train,
+    *,
+    train: Batches,
+    val: Batches,
+    metric: Metric,
+    seeding: Seeding,
+    head_only: bool,
+    autocast: torch.dtype | None,
+) -> Iterator[EpochRecord]:
+    """Train and yield a record after each epoch; stop by closing the generator.
+
+    `head_only`: the batches hold features, and only the head runs. Raises NonFiniteError, or FreezeError where masks,
+    optimizer and gradients do not agree.
+    """
+    model = network.head if head_only else network
+    optimizer = build_optimizer(network, applied, config)
+    check_masks(network, applied, optimizer)
+    average = Average(network, applied, config.ema) if config.ema is not None else None
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    order = np.random.default_rng(seeding.order)
+    torch.manual_seed(seeding.dropout)
+    per_epoch = -(-len(train.samples) // config.batch_size)
+    step, factor = 0, 0.0
+
+    for epoch in range(1, config.epochs + 1):
+        started = time.perf_counter()
+        train_mode(network, applied)
+        total = torch.zeros((), device=train.labels.device)
+        for batch in chunks(order.permutation(len(train.samples)), config.batch_size):
+            factor = rate_factor(step, per_epoch * config.epochs, config)
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["peak_lr"]
+            optimizer.zero_grad(set_to_none=True)
+            with _autocast(train.labels.device, autocast):
+                logits = model(train.fetch(train.samples[batch]))
+                loss = functional.cross_entropy(
+                    logits.float(), train.labels[batch], label_smoothing=config.label_smoothing
+                )
+            loss.backward()
+            if step == 0:
+                check_gradients(network, applied, head_only=head_only)
+            if config.clip_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            optimizer.step()
+            if average is not None:
+                average.update(step)
+            total += loss.detach() * len(batch)
+            step += 1
+        train_loss = float(total) / len(train.samples)
+        if not math.isfinite(train_loss):
+            raise NonFiniteError(f"the training loss of epoch {epoch} is {train_loss}; try a lower learning rate")
+
+        eval_started = time.perf_counter()
+        with average.swapped_in() if average is not None else nullcontext():
+            val_scores = scores(predict(model, val, autocast), val.labels.cpu().numpy())
+        if not math.isfinite(val_scores["nll"]):
+            raise NonFiniteError(
+                f"the validation loss of epoch {epoch} is {val_scores['nll']}; try a lower learning rate"
+            )
+        finished = time.perf_counter()
+        yield EpochRecord(
+            epoch=epoch,
+            train_loss=train_loss,
+            val=val_scores,
+            val_score=val_scores[metric],
+            lr=factor * config.lr,
+            head_lr=factor * config.head_lr,
+            images=len(train.samples),
+            seconds=finished - started,
+            eval_seconds=finished - eval_started,
+        )
+    if average is not None:
+        average.keep()
+
+
+def build_optimizer(network: Network, applied: Applied, config: Train) -> torch.optim.Optimizer:
+    """One group per (peak learning rate, weight decay); every trained parameter is in exactly one."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if name in applied.trained:
+            base = config.head_lr if name.startswith("head.") else config.lr
+            decay = 0.0 if name in applied.undecayed else config.weight_decay
+            groups.setdefault((base * applied.trained[name], decay), []).append(parameter)
+    table = [{"params": params, "peak_lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(table, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(table, lr=config.lr)
+
+
+def rate_factor(step: int, steps: int, config: Train) -> float:
+    """The learning rate at `step` (from 0) relative to its peak: a linear warm-up, then constant or half a cosine to 0."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batches: Batches, autocast: torch.dtype | None = None) -> np.ndarray:
+    """(n, classes) float32 logits of a model in eval mode, in the order of the samples."""
+    model.eval()
+    device = batches.labels.device
+    with _autocast(device, autocast):
+        parts = [model(batches.fetch(chunk)).float().cpu() for chunk in chunks(batches.samples, EVAL_BATCH)]
+    return torch.cat(parts).numpy()
+
+
+@torch.no_grad()
+def recalibrate(network: Network, applied: Applied, train: Batches, batch_size: int) -> None:
+    """Recompute the running statistics of the plan's norm layers as averages over one pass of the train samples."""
+    layers = [network.get_submodule(name) for name in sorted(applied.recalibrated)]
+    momenta = []
+    network.eval()
+    for layer in layers:
+        assert isinstance(layer, _NormBase)
+        momenta.append(layer.momentum)
+        layer.reset_running_stats()
+        layer.momentum = None
+        layer.training = True
+    for chunk in chunks(train.samples, batch_size):
+        if len(chunk) > 1:
+            network(train.fetch(chunk))
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+        layer.training = False
+
+
+class Average:
+    """An exponential moving average of the trained parameters, with the usual short memory at the start."""
+
+    def __init__(self, network: Network, applied: Applied, decay: float) -> None:
+        self.live = [p for name, p in network.named_parameters() if name in applied.trained]
+        self.mean = [p.detach().clone() for p in self.live]
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        torch._foreach_lerp_(self.mean, self.live, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within the block the network holds the averages."""
+        kept = [p.detach().clone() for p in self.live]
+        self.keep()
+        yield
+        with torch.no_grad():
+            torch._foreach_copy_(self.live, kept)
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Put the averages into the network for good."""
+        torch._foreach_copy_(self.live, self.mean)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -1,0 +1,229 @@
+"""A study on Ray: Tune places trials and reuses their actors; the study itself is one actor beside the driver.
+
+Tune sees only the start and the end of a trial. Epochs go from the worker straight to the study, which answers whether
+to go on, so that Tune's result loop, loggers and schedulers have no part in it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry; read when ray is imported
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import frostline
+from frostline.features import FeatureStore
+from frostline.spec import Job, Resources, TrialSpec
+from frostline.study import Snapshot, Study
+from frostline.train import EpochRecord
+from frostline.trial import Outcome, Report, attempt, lost
+from frostline.world import World
+
+POLL_SECONDS = 0.5
+
+
+class PlacementError(ValueError):
+    """Trials that no node of the cluster can hold."""
+
+
+class StudyActor:
+    """The study's one owner on a cluster."""
+
+    def __init__(self, job: Job, facts: Mapping[str, Any], splits: pa.Table, who: Mapping[str, Any]) -> None:
+        self.study = Study(job, facts, splits, who={**who, "pid": os.getpid()})
+
+    def ask(self) -> tuple[TrialSpec | None, bool]:
+        """The next trial, if one can start now, and whether the study is done."""
+        return self.study.ask(), self.study.done
+
+    def report(self, trial_id: str, record: EpochRecord) -> bool:
+        return self.study.report(trial_id, record)
+
+    def finish(self, trial_id: str, outcome: Outcome) -> None:
+        self.study.finish(trial_id, outcome)
+
+    def lose(self, trial_id: str, reason: str) -> None:
+        """End a trial whose worker died, unless it had finished before that."""
+        running = self.study.running.get(trial_id)
+        if running is not None:
+            self.study.finish(trial_id, lost(running.spec, running.records, reason))
+
+    def snapshot(self) -> Snapshot:
+        return self.study.snapshot()
+
+    def close(self) -> Snapshot:
+        self.study.close()
+        return self.study.snapshot()
+
+
+class StudySearcher(Searcher):
+    """What Tune asks for trials: hands its questions on to the study."""
+
+    def __init__(self, study: Any) -> None:
+        super().__init__()
+        self.study = study
+        self.trial_ids: dict[str, str] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        spec, done = ray.get(self.study.ask.remote())
+        if spec is None:
+            return Searcher.FINISHED if done else None
+        self.trial_ids[trial_id] = spec.trial_id
+        return {"spec": spec.model_dump_json()}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        ours = self.trial_ids.pop(trial_id)
+        if error:
+            ray.get(self.study.lose.remote(ours, "the worker died before the trial ended"))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study's rows are the truth."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise AssertionError("a study is restored from its rows")
+
+
+class TrialActor(tune.Trainable):
+    """One process that runs trial after trial, keeping features and pristine backbones between them."""
+
+    def setup(self, config: dict[str, Any], study: Any = None) -> None:
+        self.study = study
+        self.store = FeatureStore()
+        self.spec = TrialSpec.model_validate_json(config["spec"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.spec = TrialSpec.model_validate_json(new_config["spec"])
+        return True
+
+    def step(self) -> dict[str, Any]:
+        trial_id = self.spec.trial_id
+        outcome = self.run(lambda record: ray.get(self.study.report.remote(trial_id, record)))
+        ray.get(self.study.finish.remote(trial_id, outcome))
+        return {"done": True}
+
+    def run(self, report: Report) -> Outcome:
+        """The trial itself."""
+        return attempt(self.spec, store=self.store, world=World.here(self.spec.resources), report=report)
+
+
+def run_tune(
+    job: Job,
+    facts: Mapping[str, Any],
+    splits: pa.Table,
+    *,
+    who: Mapping[str, Any],
+    show: Callable[[Snapshot], None],
+    address: str | None = None,
+    trainable: type[TrialActor] = TrialActor,
+) -> Snapshot:
+    """Run the study on the cluster at `address`, or on a local one that is started and stopped here.
+
+    `trainable` is what runs the trials; benchmarks and fault tests give one that does no work.
+    Raises PlacementError before anything starts where no node can hold a trial.
+    """
+    with _cluster(address):
+        gpus = gpus_of_a_trial(job.resources)
+        slots = concurrency(job.resources.cpus, gpus, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0)(StudyActor).options(scheduling_strategy=here)
+        study = actor.remote(job, facts, splits, {**who, "driver": os.getpid()})
+        try:
+            show(ray.get(study.snapshot.remote()))
+            with _watching(study, show), tempfile.TemporaryDirectory(prefix="frostline-tune-") as scratch:
+                tune.Tuner(
+                    tune.with_resources(
+                        tune.with_parameters(trainable, study=study), {"cpu": job.resources.cpus, "gpu": gpus}
+                    ),
+                    tune_config=tune.TuneConfig(
+                        search_alg=StudySearcher(study),
+                        num_samples=-1,
+                        max_concurrent_trials=slots,
+                        reuse_actors=True,
+                        trial_name_creator=_short_name,
+                        trial_dirname_creator=_short_name,
+                    ),
+                    run_config=tune.RunConfig(
+                        name=job.name,
+                        storage_path=scratch,
+                        verbose=0,
+                        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                    ),
+                ).fit()
+        finally:
+            last = ray.get(study.close.remote())
+        show(last)
+        return last
+
+
+def gpus_of_a_trial(resources: Resources) -> float:
+    """GPUs that Ray reserves for a trial: what the job says, else one where the cluster has any."""
+    if resources.gpus is not None:
+        return resources.gpus
+    wanted = resources.device in ("auto", "cuda")
+    return 1.0 if wanted and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+
+def concurrency(cpus: float, gpus: float, nodes: list[Mapping[str, float]]) -> int:
+    """How many trials the nodes hold at once. Raises PlacementError if none."""
+    slots = sum(
+        int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else float("inf"))) for node in nodes
+    )
+    if slots == 0:
+        largest = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+        raise PlacementError(
+            f"a trial needs {cpus:g} CPUs and {gpus:g} GPUs on one node (resources.cpus, resources.gpus), "
+            f"and no node has that; the nodes have: {largest}"
+        )
+    return slots
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[None]:
+    """Connected to Ray: to a cluster that is there, which is sent this very code, or to one of our own."""
+    if address is None:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
+    else:
+        package = str(Path(frostline.__file__).parent)
+        ray.init(address, log_to_driver=False, logging_level="warning", runtime_env={"py_modules": [package]})
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _short_name(trial: Any) -> str:
+    """Tune's default holds the whole spec."""
+    return trial.trial_id
+
+
+@contextmanager
+def _watching(study: Any, show: Callable[[Snapshot], None]) -> Iterator[None]:
+    """Show snapshots from a thread while Tune has the main one; this also makes the study commit what is due."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(POLL_SECONDS):
+            show(ray.get(study.snapshot.remote()))
+
+    thread = threading.Thread(target=watch, name="frostline-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
