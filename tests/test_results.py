@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -41,6 +42,12 @@ from frostline.results import (
 
 JOB = {"job": {"name": "digits", "objective": {"metric": "accuracy", "mode": "max"}}, "facts": {"classes": ["0", "1"]}}
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+
+
+@pytest.fixture(autouse=True)
+def no_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fsync does cannot be seen without a power cut; the processes that the tests start do it."""
+    monkeypatch.setattr(os, "fsync", os.fstat)
 
 
 def trial(number: int, status: str = "complete", score: float | None = None, **more: Any) -> dict[str, Any]:

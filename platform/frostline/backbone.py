@@ -118,7 +118,8 @@ def load_backbone(spec: BackboneSpec, *, image_size: int | None = None) -> Backb
 
 def stage_table(backbone: Backbone, image_size: int) -> tuple[StageCost, ...]:
     """What each stage costs at `image_size` pixels a side. Raises BackboneError where the network refuses that size."""
-    return stage_costs(backbone.module, backbone.stages, torch.zeros(2, 3, image_size, image_size))
+    device = next(backbone.module.parameters()).device
+    return stage_costs(backbone.module, backbone.stages, _noise(image_size).to(device))
 
 
 @lru_cache(maxsize=4)
@@ -180,13 +181,14 @@ def _timm(
         )
     model = _timm_model(name, pretrained=weights == "pretrained" and not shipped)
     native = model.pretrained_cfg["input_size"][-1]
-    head = _classifier_of(model, native) if model.num_classes else None
+    size = image_size or native
+    fixed = model.pretrained_cfg.get("fixed_input_size", False)
+    head = _classifier_of(model, native if fixed else size) if model.num_classes else None
     if weights == "pretrained" and shipped:
         loaded = load_weights(model, shipped(model), "the shipped weights")
     else:
         loaded = _fill(model, weights, head)
-    size = image_size or native
-    if size != native and model.pretrained_cfg.get("fixed_input_size"):
+    if fixed and size != native:
         if weights == "random":
             model = _timm_model(name, pretrained=False, img_size=size)
         else:  # with the weights, of which timm resamples those that depend on the size
@@ -195,8 +197,8 @@ def _timm(
     classifier = _take_off(model, head, loaded)
     return _Network(
         module=model,
-        mean=model.pretrained_cfg["mean"],
-        std=model.pretrained_cfg["std"],
+        mean=tuple(model.pretrained_cfg["mean"]),
+        std=tuple(model.pretrained_cfg["std"]),
         image_size=size,
         groups=_timm_groups(model),
         classifier=classifier,
@@ -268,19 +270,16 @@ def _python(name: str, weights: str, image_size: int | None) -> _Network:
         near = difflib.get_close_matches(function_name, dir(source), n=3)
         raise BackboneError(f"{module_name} has no function {function_name!r}{_did_you_mean(near)}")
     custom = function()
-    required, known = (
-        CustomBackbone.__required_keys__,
-        CustomBackbone.__required_keys__ | CustomBackbone.__optional_keys__,
-    )
+    required = CustomBackbone.__required_keys__
+    known = required | CustomBackbone.__optional_keys__
     if not isinstance(custom, dict) or not required <= custom.keys() <= known or not custom["stages"]:
         raise BackboneError(
             f"{function_name}() must return a dict with {' and '.join(sorted(required))}, "
             f"and perhaps {', '.join(sorted(known - required))}; it returned {custom!r}"
         )
     module = custom["module"]
-    _fill(
-        module, "pretrained" if weights == "random" else weights, None
-    )  # either word stands for what the function made
+    if weights not in ("pretrained", "random"):  # either word stands for what the function made
+        load_weights(module, read_weights(Path(weights)), weights)
     tensors = [tensor for tensor, _ in named_tensors(module)]
     groups = []
     for stage, parts in custom["stages"]:
@@ -341,7 +340,7 @@ def _take_off(model: nn.Module, head: str | None, loaded: Collection[str]) -> tu
     return weight, bias.detach() if isinstance(bias, Tensor) else None
 
 
-def _fill(model: nn.Module, weights: str, head: str | None) -> set[str]:
+def _fill(model: nn.Module, weights: str, head: str | None) -> Collection[str]:
     """Load a weights file if that is what `weights` is; the names of the tensors that have their given values."""
     if weights == "random":
         return set()

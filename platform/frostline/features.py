@@ -34,9 +34,8 @@ class FeatureStore:
 
     def features(self, backbone: Backbone, dataset: Dataset, samples: np.ndarray, device: torch.device) -> Tensor:
         """(n, D) float32 pooled features of these samples under the pretrained backbone in eval mode."""
-        size = dataset.pixels.shape[1]
         chosen = hashlib.sha256(np.ascontiguousarray(samples)).hexdigest()
-        key = f"{backbone.weights_hash}/{backbone.stages_hash}/{dataset.data_hash}/{size}/{device}/{chosen}"
+        key = f"{backbone.weights_hash}/{backbone.stages_hash}/{dataset.data_hash}/{dataset.pixels_hash}/{device}/{chosen}"
         if key not in self._kept:
             self._kept[key] = extract(backbone, dataset, samples, device)
             self.images_forwarded += len(samples)

@@ -75,7 +75,7 @@ def ridge_path(inputs: Tensor, targets: Tensor, penalties: Iterable[float]) -> I
         basis = inputs.T @ dual
         scores = dual * eigenvalues
     projected, overlap = dual.T @ rest, scores * dual
-    unit = float(eigenvalues.mean().clamp(min=torch.finfo(torch.float64).tiny))
+    unit = float(eigenvalues.mean().clamp(min=1e-30))
     for penalty in (unit * factor for factor in penalties):
         gain = 1 / (eigenvalues.clamp(min=0) + penalty)  # (K,)
         solution = gain[:, None] * projected  # (K, C)

@@ -110,13 +110,13 @@ def _sound_part(raw: Mapping[str, Any], mistaken: Iterable[Loc]) -> Job | None:
 def _plain(value: Any, path: tuple[str, ...] = ()) -> Any:
     """A copy of TOML data. Raises JobError where it is nested too deep to be a job's, or no TOML for its integers."""
     if len(path) > MAX_DEPTH:
-        raise JobError(f"{'.'.join(path)}: nested too deep; a job's tables are at most {MAX_DEPTH} levels deep")
+        raise JobError(f"{_dotted(path)}: nested too deep; a job's tables are at most {MAX_DEPTH} levels deep")
     if isinstance(value, Mapping):
         return {key: _plain(item, (*path, str(key))) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, (*path, str(index))) for index, item in enumerate(value)]
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-        raise JobError(f"{'.'.join(path)}: an integer of more than 64 bits")
+        raise JobError(f"{_dotted(path)}: an integer of more than 64 bits")
     return value
 
 
@@ -152,6 +152,8 @@ def _field_mistakes(error: ValidationError) -> Iterator[tuple[Loc, str]]:
     """What pydantic found, as (where, line)."""
     for item in error.errors(include_url=False):
         loc = item["loc"]
+        if item["type"] == "too_short":  # a list of choices that is empty once the wrong ones are gone
+            continue
         if loc[:1] == ("arms",) and loc[2:3] == ("space",):  # loc[4] is the kind of dimension, no part of the path
             loc = loc[:4] if loc[4:5] == ("value",) else loc[:4] + loc[5:6]
         if item["type"] == "string_pattern_mismatch" and loc[-1] == "[key]":
@@ -201,6 +203,8 @@ def _dimension_mistakes(path: str, dimension: Any) -> Iterator[tuple[Loc, str]]:
             if end in dimension and (message := _value_mistake(path, value, in_bounds=end != "step")):
                 yield (end,), f"{_shown(value)}: {message}"
     elif isinstance(dimension, list):
+        if not dimension:
+            yield (), ": give at least one choice"
         mixed = path == "freeze.depth" and "1" in map(str, dimension) and float in map(type, dimension)
         if mixed:
             yield (), ": 1 is one stage, 1.0 is all; write shares (0.5, 1.0) or numbers of stages (1, 3), not both"
@@ -302,7 +306,6 @@ MESSAGES = {
     "float_type": "should be a number, without quotes",
     "model_type": "should be a table",
     "dict_type": "should be a table",
-    "too_short": "give at least one choice",
     "string_pattern_mismatch": "a name is 1 to 64 letters, digits, `_` and `-`, a letter or a digit first",
 }
 

@@ -67,7 +67,7 @@ class Data(Frozen):
     on_bad: Literal["error", "exclude"] = "error"
     """What to do about unreadable images, empty classes and duplicates across given splits: stop and list them, or
     exclude, count and list them."""
-    max_megapixels: float = Field(default=50.0, gt=0, le=1000)
+    max_megapixels: float = Field(default=50.0, gt=0, le=178)
     """Images with more pixels than this count as unreadable; they are refused before they are decoded."""
 
     @model_validator(mode="after")

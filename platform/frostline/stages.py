@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-ENOUGH_STAGES = 4  # `forward_stages` opens containers until it has this many
+ENOUGH_STAGES = 4  # `forward_groups` opens containers until it has this many
 
 
 class BackboneError(ValueError):
@@ -51,9 +51,8 @@ class StageCost:
     """Bytes per image, in float32, of the activation that leaves the stage; None where that is not one tensor."""
 
 
-Value = (
-    StorageWeakRef  # an activation: tensors that share memory are one value. A weak reference keeps its identity unique
-)
+# An activation: tensors that share memory are one value. The weak reference keeps its identity from being used again.
+Value = StorageWeakRef
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,10 @@ class Recording:
     entered: Mapping[str, int]
     """Module -> how many calls came before it first ran."""
     output: Any
+
+
+# What networks are known to raise on an image that does not suit them.
+_REFUSALS = (RuntimeError, AssertionError, ValueError, TypeError, LookupError, AttributeError)
 
 
 def record(module: nn.Module, images: Tensor) -> Recording:
@@ -120,16 +123,6 @@ def record(module: nn.Module, images: Tensor) -> Recording:
         last_use |= dict.fromkeys(call.tensors, index)
     used = [name for name, _ in module.named_parameters(remove_duplicate=False) if name in first_use]
     return Recording(calls, {name: (first_use[name], last_use[name]) for name in used}, first_use, entered, output)
-
-
-_REFUSALS = (
-    RuntimeError,
-    AssertionError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-)  # seen of timm's networks
 
 
 class _Recorder(TorchDispatchMode):
@@ -236,6 +229,8 @@ def complete_groups(module: nn.Module, recording: Recording, groups: Iterable[It
             merged[-1] += group
         else:
             merged.append(group)
+    if not merged:
+        raise BackboneError("no module in it holds parameters that a forward pass uses, so there is nothing to freeze")
     group_of = {name: index for index, group in enumerate(merged) for name in group}
     below = _groups_below(group_of)
     running = _running(recording, group_of)
@@ -280,6 +275,8 @@ def make_stages(
             f"{listing(idle)}: no part in the features of an image (an auxiliary or alternative output?), so never trained; "
             "take a variant of the network without them"
         )
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise BackboneError(f"{listing(twice)}: two stages of one name; give every stage its own")
     if empty := [name for name, group in zip(names, groups, strict=True) if recording.spans.keys().isdisjoint(group)]:
         raise BackboneError(f"nothing could be trained in {listing(empty)}; every stage holds a parameter")
     end, before = -1, ""
@@ -330,9 +327,8 @@ def stage_costs(module: nn.Module, stages: Sequence[Stage], images: Tensor) -> t
     sizes = dict(module.named_parameters())
     parameters = [sum(sizes[name].numel() for name in stage.tensors if name in sizes) for stage in stages]
     spans = [_span(stage.tensors, recording) for stage in stages]
-    cuts = [_cut_elements(recording, end, start) for (_, end), (start, _) in pairwise(spans)] + [
-        recording.output.numel()
-    ]
+    cuts = [_cut_elements(recording, end, start) for (_, end), (start, _) in pairwise(spans)]
+    cuts.append(recording.output.numel())
     return tuple(
         StageCost(
             name=stage.name,

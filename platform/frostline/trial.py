@@ -227,12 +227,14 @@ def describe(spec: TrialSpec, world: World) -> dict[str, Any]:
 
 def summarise(spec: TrialSpec, records: Sequence[EpochRecord], status: str) -> dict[str, Any]:
     """The columns that follow from a trial's epochs. The score is the last epoch's, and null unless complete."""
-    row: dict[str, Any] = {"status": status, "epochs": len(records)}
+    row: dict[str, Any] = {"status": status, "epochs": len(records), "val_score": None}
     if records:
         pick = max if spec.objective.mode == "max" else min
         best, last = pick(records, key=lambda record: record.val_score), records[-1]
         row |= {"last_score": last.val_score, "best_epoch_score": best.val_score, "best_epoch": best.epoch}
-        row |= {"val_nll": last.val["nll"], "val_score": last.val_score if status == "complete" else None}
+        row |= {"val_nll": last.val["nll"]}
+        if status == "complete":
+            row["val_score"] = last.val_score
     if status == "pruned":
         row["reason"] = f"stopped after epoch {len(records)} of {spec.config.train.epochs}"
     return row

@@ -6,6 +6,7 @@ to go on, so that Tune's result loop, loggers and schedulers have no part in it.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import threading
@@ -20,6 +21,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry; read when
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # verbose=0 is silent in the old one only
 
 import ray
 from ray import tune
@@ -35,6 +37,10 @@ from frostline.trial import Outcome, Report, attempt, lost
 from frostline.world import World
 
 POLL_SECONDS = 0.5
+QUIET_LOGGERS = (
+    "ray.tune",  # warns of result files that it was told not to write
+    "ray._private.authentication.authentication_token_setup",  # says at each start that token authentication is on
+)
 
 
 class PlacementError(ValueError):
@@ -195,6 +201,8 @@ def concurrency(cpus: float, gpus: float, nodes: list[Mapping[str, float]]) -> i
 @contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
     """Connected to Ray: to a cluster that is there, which is sent this very code, or to one of our own."""
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if address is None:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
     else:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -152,7 +153,7 @@ def _read_torch(path: Path) -> object:
 
 
 _BROKEN = (  # what torch.load and zipfile raise on damaged files
-    pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError,
+    pickle.UnpicklingError, struct.error, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError,
     OSError, OverflowError, MemoryError, NotImplementedError, AssertionError,
 )  # fmt: skip
 

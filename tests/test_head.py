@@ -1,0 +1,190 @@
+import functools
+import time
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import Ridge, RidgeClassifierCV
+from torch import Tensor, nn
+
+from frostline.head import PENALTIES, SCALES, build_head, ridge_path, set_probe
+from frostline.metrics import scores
+from frostline.spec import Head
+
+
+def parameters(head: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in head.parameters()])
+
+
+@functools.cache
+def digits() -> tuple[Tensor, np.ndarray, Tensor, np.ndarray]:
+    """Pixels of scikit-learn's digits as 64 features: 300 to train on, 500 to test on."""
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.target))
+    images, labels = torch.from_numpy(found.data[order]).float() / 16, found.target[order]
+    return images[:300], labels[:300], images[-500:], labels[-500:]
+
+
+def problem(n: int, features: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs with a mean and unequal scales, and one-hot targets that depend on them."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(n, features, generator=generator, dtype=torch.float64)
+    inputs = inputs * torch.linspace(0.1, 3, features, dtype=torch.float64) + 5
+    noise = torch.randn(n, classes, generator=generator, dtype=torch.float64)
+    labels = (inputs[:, :classes] + noise).argmax(dim=1)
+    labels[:classes] = torch.arange(classes)
+    return inputs, nn.functional.one_hot(labels, classes).double()
+
+
+@pytest.mark.parametrize(("hidden", "count"), [(0, 24 * 10 + 10), (16, 24 * 16 + 16 + 16 * 10 + 10)])
+def test_shapes_and_sizes(hidden: int, count: int) -> None:
+    head = build_head(Head(hidden=hidden), 24, 10, seed=0)
+    assert len(parameters(head)) == count
+    assert head(torch.zeros(5, 24)).shape == (5, 10)
+    assert [type(layer) for layer in head] == [*([nn.Linear, nn.ReLU] if hidden else []), nn.Dropout, nn.Linear]
+
+
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_the_seed_decides_the_weights_and_nothing_else_does(hidden: int) -> None:
+    first, state = build_head(Head(hidden=hidden), 24, 10, seed=1), torch.random.get_rng_state()
+    torch.rand(3)
+    again, other = (build_head(Head(hidden=hidden, dropout=0.5), 24, 10, seed=seed) for seed in (1, 2))
+    assert torch.equal(parameters(first), parameters(again))
+    assert not torch.equal(parameters(first), parameters(other))
+    torch.random.set_rng_state(state)
+    build_head(Head(hidden=hidden), 24, 10, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_random_head_has_pytorchs_own_weights() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        plain = nn.Linear(24, 10)
+    assert torch.equal(parameters(build_head(Head(), 24, 10, seed=5)), parameters(plain))
+    assert torch.equal(parameters(build_head(Head(init="probe"), 24, 10, seed=5)), parameters(plain))
+
+
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_a_zero_head_says_zero_and_can_learn(hidden: int) -> None:
+    head = build_head(Head(hidden=hidden, init="zero"), 24, 10, seed=0)
+    logits = head(torch.randn(5, 24))
+    assert torch.equal(logits, torch.zeros(5, 10))
+    nn.functional.cross_entropy(logits, torch.arange(5)).backward()
+    out = head[-1]
+    assert isinstance(out, nn.Linear)
+    assert out.weight.grad is not None
+    assert out.weight.grad.abs().sum() > 0
+
+
+def test_dropout_is_for_training_only() -> None:
+    inputs = torch.ones(4, 24)
+    head = build_head(Head(hidden=64, dropout=0.5), 24, 10, seed=0)
+    assert not torch.equal(head.train()(inputs), head(inputs))
+    assert torch.equal(head.eval()(inputs), head(inputs))
+    whole = build_head(Head(hidden=64), 24, 10, seed=0)
+    assert torch.equal(head(inputs), whole.train()(inputs))
+
+
+SHAPES = [(60, 8, 3), (30, 30, 3), (31, 30, 3), (20, 45, 4)]  # more samples than features, as many, fewer
+
+
+@pytest.mark.parametrize(("n", "features", "classes"), SHAPES)
+def test_ridge_is_scikit_learns(n: int, features: int, classes: int) -> None:
+    inputs, targets = problem(n, features, classes)
+    centred = inputs - inputs.mean(dim=0)
+    unit = float(torch.linalg.svdvals(centred).square().mean())
+    path = list(ridge_path(inputs, targets, PENALTIES))
+    assert [found.penalty for found in path] == pytest.approx([unit * factor for factor in PENALTIES], rel=1e-9)
+    for found in path:
+        theirs = Ridge(alpha=found.penalty, solver="svd").fit(inputs.numpy(), targets.numpy())
+        np.testing.assert_allclose(found.weight.numpy(), theirs.coef_, atol=1e-8)
+        np.testing.assert_allclose(found.bias.numpy(), theirs.intercept_, atol=1e-7)
+
+
+@pytest.mark.parametrize(("n", "features", "classes"), SHAPES)
+def test_left_out_predictions_are_those_of_refits(n: int, features: int, classes: int) -> None:
+    inputs, targets = problem(n, features, classes, seed=1)
+    for found in ridge_path(inputs, targets, (1e-3, 1e-1, 10.0)):
+        for one in range(n):
+            rest = [other for other in range(n) if other != one]
+            refit = Ridge(alpha=found.penalty, solver="svd").fit(inputs[rest].numpy(), targets[rest].numpy())
+            np.testing.assert_allclose(found.left_out[one].numpy(), refit.predict(inputs[[one]].numpy())[0], atol=1e-7)
+
+
+@pytest.mark.parametrize(("n", "features", "classes"), SHAPES)
+def test_the_probe_is_the_ridge_with_the_lowest_left_out_nll(n: int, features: int, classes: int) -> None:
+    inputs, targets = problem(n, features, classes, seed=2)
+    labels = targets.argmax(dim=1).numpy()
+    head = build_head(Head(init="probe"), features, classes, seed=0)
+    set_probe(head, inputs.float(), labels)
+    out = head[-1]
+    assert isinstance(out, nn.Linear)
+    candidates = {
+        (found.penalty, scale): (scores(scale * found.left_out.numpy(), labels)["nll"], found)
+        for found in ridge_path(inputs.float().double(), targets, PENALTIES)
+        for scale in SCALES
+    }
+    (penalty, scale), _ = min(candidates.items(), key=lambda item: item[1][0])
+    theirs = Ridge(alpha=penalty, solver="svd").fit(inputs.float().double().numpy(), targets.numpy())
+    np.testing.assert_allclose(out.weight.detach().numpy(), scale * theirs.coef_, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out.bias.detach().numpy(), scale * theirs.intercept_, rtol=1e-4, atol=1e-4)
+
+
+def test_a_probe_of_digits_is_as_good_as_scikit_learns_ridge_and_far_better_than_a_random_head() -> None:
+    inputs, labels, test_inputs, test_labels = digits()
+    head = build_head(Head(init="probe"), 64, 10, seed=0).eval()
+    before = scores(head(test_inputs).detach().numpy(), test_labels)
+    set_probe(head, inputs, labels)
+    after = scores(head(test_inputs).detach().numpy(), test_labels)
+    theirs = RidgeClassifierCV().fit(inputs.numpy(), labels).score(test_inputs.numpy(), test_labels)  # 0.916
+    assert before["accuracy"] < 0.2
+    assert before["nll"] > 2.2
+    assert after["accuracy"] == pytest.approx(0.922, abs=0.005)
+    assert after["accuracy"] > theirs
+    assert after["nll"] == pytest.approx(0.254, abs=0.01)
+
+
+def test_a_probe_does_not_depend_on_what_the_head_was() -> None:
+    inputs, labels, _, _ = digits()
+    heads = [build_head(Head(init="probe"), 64, 10, seed=seed) for seed in (0, 1)]
+    for head in heads:
+        set_probe(head, inputs, labels)
+    assert torch.equal(parameters(heads[0]), parameters(heads[1]))
+    assert all(parameter.requires_grad for parameter in heads[0].parameters())
+
+
+@pytest.mark.parametrize(
+    "inputs", [torch.ones(6, 4), torch.zeros(6, 4), torch.zeros(3, 8), torch.full((6, 4), 1e-8), torch.eye(4)[[0] * 6]]
+)
+def test_features_that_say_nothing_give_the_shares_of_the_classes(inputs: Tensor) -> None:
+    labels = np.array([0, 1, 1, 2, 1, 0])[: len(inputs)]
+    head = build_head(Head(init="probe"), inputs.shape[1], 3, seed=0)
+    set_probe(head, inputs, labels)
+    logits = head(inputs).detach()
+    assert torch.isfinite(parameters(head)).all()
+    np.testing.assert_allclose(logits.numpy(), logits[:1].expand_as(logits).numpy(), atol=1e-6)
+
+
+def test_one_sample_gives_finite_weights() -> None:
+    head = build_head(Head(init="probe"), 4, 2, seed=0)
+    set_probe(head, torch.ones(1, 4), np.array([1]))
+    assert torch.isfinite(parameters(head)).all()
+    assert head(torch.ones(1, 4)).argmax() == 1
+
+
+def test_a_probe_is_for_a_linear_head() -> None:
+    with pytest.raises(AssertionError):
+        set_probe(build_head(Head(hidden=8), 4, 2, seed=0), torch.ones(3, 4), np.array([0, 1, 1]))
+
+
+@pytest.mark.slow
+def test_a_probe_of_60_000_samples_takes_no_minutes() -> None:
+    labels = np.random.default_rng(0).integers(0, 10, 60_000)
+    inputs = torch.randn(60_000, 1280)
+    inputs[np.arange(60_000), labels] += 2
+    head = build_head(Head(init="probe"), 1280, 10, seed=0)
+    started = time.perf_counter()
+    set_probe(head, inputs, labels)
+    assert time.perf_counter() - started < 120
+    assert scores(head(inputs).detach().numpy(), labels)["accuracy"] > 0.5

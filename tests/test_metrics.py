@@ -1,0 +1,80 @@
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis.extra import numpy as hnp
+from scipy.special import softmax
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss
+
+from frostline.metrics import METRICS, probabilities, scores
+
+
+def test_the_scores_of_a_table_worked_out_by_hand() -> None:
+    logits = np.log(np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.5, 0.25, 0.25]], np.float32))
+    found = scores(logits, np.array([0, 0, 1, 1]))
+    assert tuple(found) == METRICS
+    assert found["accuracy"] == 3 / 4
+    assert found["balanced_accuracy"] == (1 + 1 / 2) / 2
+    assert found["macro_f1"] == pytest.approx((4 / 5 + 2 / 3) / 2, abs=1e-15)  # class 2: in neither, left out
+    assert found["nll"] == pytest.approx(-np.log([0.7, 0.6, 0.8, 0.25]).mean(), abs=1e-7)
+
+
+# what scikit-learn warns of is just what is compared here
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true:UserWarning")
+@pytest.mark.filterwarnings("ignore:A single label was found:UserWarning")
+@given(st.data(), st.integers(1, 40), st.integers(2, 7))
+def test_scores_are_scikit_learns(data: st.DataObject, n: int, classes: int) -> None:
+    logits = data.draw(hnp.arrays(np.float32, (n, classes), elements=st.floats(-10, 10, width=32)))
+    seen = data.draw(st.lists(st.integers(0, classes - 1), min_size=1, unique=True))  # some classes have no label
+    labels = np.array(data.draw(st.lists(st.sampled_from(seen), min_size=n, max_size=n)))
+    predicted, found = logits.argmax(axis=1), scores(logits, labels)
+    likely = softmax(logits.astype(np.float64), axis=1)
+    assert found["accuracy"] == pytest.approx(accuracy_score(labels, predicted), abs=1e-12)
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted), abs=1e-12)
+    assert found["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"), abs=1e-12)
+    assert found["nll"] == pytest.approx(log_loss(labels, likely, labels=range(classes)), abs=1e-9)
+    assert all(type(value) is float for value in found.values())
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 9), st.integers(2, 5)),
+        elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
+    ),
+    st.data(),
+)
+def test_extreme_logits_give_finite_scores(logits: np.ndarray, data: st.DataObject) -> None:
+    labels = np.array(
+        data.draw(st.lists(st.integers(0, logits.shape[1] - 1), min_size=len(logits), max_size=len(logits)))
+    )
+    assert all(np.isfinite(value) for value in scores(logits, labels).values())
+    likely = probabilities(logits)
+    assert likely.dtype == np.float32
+    assert likely.shape == logits.shape
+    np.testing.assert_allclose(likely.sum(axis=1), 1, atol=1e-6)
+
+
+def test_confidently_wrong_costs_the_whole_difference() -> None:
+    assert scores(np.array([[1e4, 0.0]], np.float32), np.array([1]))["nll"] == 1e4
+    assert scores(np.array([[1e4, 0.0]], np.float32), np.array([0]))["nll"] == 0.0
+
+
+def test_scores_do_not_see_a_shift_of_the_logits_and_nan_stays_nan() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(50, 4)), rng.integers(0, 4, 50)
+    assert scores(logits + 7, labels) == pytest.approx(scores(logits, labels), abs=1e-12)
+    logits[3, 1] = np.nan
+    assert np.isnan(scores(logits, labels)["nll"])
+
+
+def test_many_classes_take_no_table_of_all_pairs() -> None:
+    classes = 100_000  # a confusion matrix of them would be 80 GB
+    logits = np.zeros((2, classes), np.float32)
+    logits[0, 7] = logits[1, 8] = 50
+    assert scores(logits, np.array([7, classes - 1]))["accuracy"] == 0.5
+
+
+def test_probabilities_are_the_softmax() -> None:
+    logits = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    np.testing.assert_allclose(probabilities(logits), softmax(logits.astype(np.float64), axis=1), atol=1e-7)

@@ -1,0 +1,247 @@
+"""Studies on a real Ray: the rows of an inline run, lost workers, placement, kills, a cluster that is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import frostline
+from frostline import results
+from frostline.api import SearchFailedError
+from frostline.prepare import prepare
+from frostline.testing import TOY_BACKBONE, toy_job
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+
+BESIDE_THE_NUMBERS = {
+    *("seconds", "device_s", "seconds_data", "seconds_features", "seconds_train", "seconds_eval", "peak_mib"),
+    *("started_at", "finished_at", "node", "hardware", "images_forward", "ask_seq", "tell_seq", "versions"),
+}
+"""Columns that say where and how fast a trial ran, in which order, and what its process had at hand already."""
+
+
+def numbers(study: Path) -> dict[str, dict[str, Any]]:
+    rows = results.read_trials(study).to_pylist()
+    return {row["trial_id"]: {k: v for k, v in row.items() if k not in BESIDE_THE_NUMBERS} for row in rows}
+
+
+def epoch_numbers(study: Path) -> list[tuple]:
+    rows = results.read_epochs(study).to_pylist()
+    return sorted((r["trial_id"], r["epoch"], r["train_loss"], r["val_loss"], r["val_score"], r["lr"]) for r in rows)
+
+
+def test_a_search_on_ray_gives_the_rows_of_an_inline_search(tmp_path: Path) -> None:
+    """qmc does not look at results, and nothing is pruned: identical to the last bit, predictions included."""
+    options = ["search.trials=6", "search.sampler=qmc", "search.pruner.kind=none"]
+    inline, on_ray = (toy_job(tmp_path / name, options) for name in ("inline", "ray"))
+    frostline.search(inline, inline=True)
+    frostline.search(on_ray)
+    assert len(numbers(inline.folder)) == 6 + 2
+    assert numbers(inline.folder) == numbers(on_ray.folder)
+    assert epoch_numbers(inline.folder) == epoch_numbers(on_ray.folder)
+    key = [("trial_id", "ascending"), ("sample_id", "ascending")]
+    predictions = [results.read_predictions(job.folder).sort_by(key) for job in (inline, on_ray)]
+    assert predictions[0].equals(predictions[1])
+
+
+MORTAL = '''
+"""A trial that takes its process with it, once: arm number 1."""
+import os, sys
+from pathlib import Path
+from frostline import results
+from frostline.prepare import prepare
+from frostline.data import splits_table
+from frostline.testing import toy_job
+from frostline.tune import TrialActor, run_tune
+
+class Mortal(TrialActor):
+    def run(self, report):
+        if self.spec.number == 1:
+            os._exit(1)
+        return super().run(report)
+
+job = toy_job(Path(sys.argv[1]), ["search.trials=4", "search.sampler=random", "confirm.seeds=1"])
+ready = prepare(job)
+run_tune(ready.job, ready.facts, splits_table(ready.dataset), who={}, show=lambda _: None, trainable=Mortal)
+'''
+
+
+def test_a_trial_whose_worker_dies_fails_and_the_search_goes_on(tmp_path: Path) -> None:
+    script = tmp_path / "mortal.py"
+    script.write_text(MORTAL)
+    subprocess.run([sys.executable, str(script), str(tmp_path / "study")], check=True, capture_output=True)
+    rows = {row["trial_id"]: row for row in results.read_trials(tmp_path / "study").to_pylist()}
+    assert len(rows) == 4 + 1
+    lost = rows.pop("freeze-00001")
+    assert (lost["status"], lost["error_kind"], lost["val_score"]) == ("failed", "worker_lost", None)
+    assert not [row for row in rows.values() if row["status"] == "failed"]
+
+
+def test_concurrency_is_what_the_nodes_hold() -> None:
+    from frostline.tune import PlacementError, concurrency
+
+    nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 3.0}, {}]
+    assert concurrency(1, 0, nodes) == 7
+    assert concurrency(2, 0, nodes) == 3
+    assert concurrency(1, 0.5, nodes) == 4
+    assert concurrency(4, 1, nodes) == 1
+    with pytest.raises(PlacementError, match=r"needs 8 CPUs and 0 GPUs on one node .* 4 CPUs and 2 GPUs; 3 CPUs"):
+        concurrency(8, 0, nodes)
+
+
+def test_a_trial_that_no_node_can_hold_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a trial needs 512 CPUs"):
+        frostline.search(toy_job(tmp_path / "study", ["resources.cpus=512"]))
+    assert not (tmp_path / "study" / "trials").exists()
+
+
+def test_a_search_in_which_every_trial_fails_is_a_failure(tmp_path: Path) -> None:
+    job = toy_job(tmp_path / "study", ["search.trials=2", "train.optimizer=sgd", "train.weight_decay=1.0"])
+    space = {"freeze.depth": [0], "train.lr": 10.0, "train.head_lr": 10.0}
+    job = toy_job(job.folder, ["search.trials=2", "train.optimizer=sgd", "train.weight_decay=1.0", "train.warmup=0.0"],
+                  arms={"freeze": {"strategy": "freeze_depth", "space": space}})  # fmt: skip
+    with pytest.raises(SearchFailedError, match="none of 2 trials completed"):
+        frostline.search(job, inline=True)
+    assert {row["error_kind"] for row in results.read_trials(job.folder).to_pylist()} == {"non_finite"}
+
+
+JOB = f"""
+name = "killed"
+[data]
+path = "digits"
+image_size = 16
+per_class = 20
+[backbone]
+name = "{TOY_BACKBONE}"
+weights = "random"
+[train]
+epochs = 30
+[search]
+trials = 30
+startup_trials = 5
+[search.pruner]
+grace_epochs = 5
+[confirm]
+seeds = 2
+[arms.freeze]
+strategy = "freeze_depth"
+[arms.freeze.space]
+"freeze.depth" = "all"
+"train.lr" = {{ low = 1e-4, high = 1e-2, log = true }}
+"""
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "frostline.cli", "search", "job.toml", *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_ten_kills_of_the_driver_lose_and_double_no_row(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(JOB)
+    study, rng, seen = tmp_path / "results" / "killed", random.Random(0), set()
+    for kill in range(10):
+        driver = start(tmp_path)
+        deadline = time.monotonic() + 120
+        before = len(seen)
+        while driver.poll() is None and len(committed(study)) < before + 1 and time.monotonic() < deadline:
+            time.sleep(0.2)  # each attempt earns at least one row, then dies at a random moment
+        time.sleep(rng.uniform(0, 3))
+        if kill == 0:
+            second = start(tmp_path)
+            answer, _ = second.communicate(timeout=120)
+            assert second.returncode == 2, answer
+            assert "held by" in answer or "holds" in answer, answer
+        driver.kill()
+        driver.communicate()
+        now = committed(study)
+        assert seen <= now
+        seen = now
+    last = start(tmp_path)
+    output, _ = last.communicate(timeout=600)
+    assert last.returncode == 0, output
+    rows = [row["trial_id"] for row in results.read_trials(study).to_pylist()]
+    assert len(rows) == len(set(rows)) == 30 + 2
+    assert seen <= set(rows)
+    wait_until_gone(study)
+
+
+def committed(study: Path) -> set[str]:
+    if not (study / "trials").exists():
+        return set()
+    return {row["trial_id"] for row in results.read_trials(study).to_pylist()}
+
+
+def wait_until_gone(study: Path) -> None:
+    """No process of ours may outlive its study."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        left = [p for p in psutil.process_iter(["cmdline"]) if "StudyActor" in " ".join(p.info["cmdline"] or [])]
+        if not left:
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"still running: {left}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_search_says_so_and_goes_on_later(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "job.toml").write_text(JOB)
+    study = tmp_path / "results" / "killed"
+    driver = start(tmp_path, "search.trials=8")
+    while driver.poll() is None and not committed(study):
+        time.sleep(0.2)
+    driver.send_signal(number)
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 128 + number, output
+    kept = committed(study)
+    again = start(tmp_path, "search.trials=8")
+    output, _ = again.communicate(timeout=600)
+    assert again.returncode == 0, output
+    assert kept <= committed(study)
+    assert len(committed(study)) == 8 + 2
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[str]:
+    """A Ray head of our own on loopback, killed by process tree afterwards."""
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--port=0", "--num-cpus=2",
+               "--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--temp-dir=/tmp/frostline-{os.getpid()}",
+               f"--port={20000 + os.getpid() % 20000}"]  # fmt: skip
+    command.remove("--port=0")
+    head = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(10)
+    assert head.poll() is None, head.communicate()[0]
+    yield f"127.0.0.1:{20000 + os.getpid() % 20000}"
+    tree = psutil.Process(head.pid).children(recursive=True)
+    for process in [*tree, psutil.Process(head.pid)]:
+        process.kill()
+    psutil.wait_procs(tree, timeout=30)
+    head.communicate()
+
+
+@pytest.mark.slow
+def test_a_search_on_a_cluster_that_is_there(tmp_path: Path, cluster: str) -> None:
+    (tmp_path / "job.toml").write_text(JOB)
+    driver = start(tmp_path, "search.trials=6", "train.epochs=3", "--address", cluster)
+    output, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, output
+    study = tmp_path / "results" / "killed"
+    assert len(committed(study)) == 6 + 2
+    assert json.loads(results.read_trials(study)["versions"][0].as_py())["code"]
+    assert prepare(toy_job(tmp_path / "x")).facts["versions"]["code"]
