@@ -76,7 +76,15 @@ def train(network: Network, applied: object, size: int, **settings: object) -> N
     config = Train(**{"epochs": 2, "batch_size": 4, "lr": 1e-2, "weight_decay": 0.1, **settings})
     data = batches(size)
     for _ in train_epochs(
-        network, applied, config, train=data, val=data, metric="accuracy", seeding=Seeding(0, 0), head_only=False, autocast=None
+        network,
+        applied,
+        config,
+        train=data,
+        val=data,
+        metric="accuracy",
+        seeding=Seeding(0, 0),
+        head_only=False,
+        autocast=None,
     ):
         pass
 
@@ -184,7 +192,11 @@ def test_clipping_sees_trained_parameters_only(toy: Backbone, monkeypatch: pytes
     applied = apply_plan(freezing(toy, 2), network, toy)
     clipped: list[set[int]] = []
     clip = nn.utils.clip_grad_norm_
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, norm: (clipped.append({id(p) for p in parameters}), clip(parameters, norm)))
+    monkeypatch.setattr(
+        nn.utils,
+        "clip_grad_norm_",
+        lambda parameters, norm: (clipped.append({id(p) for p in parameters}), clip(parameters, norm)),
+    )
     train(network, applied, 16, clip_norm=0.1)
     assert clipped
     assert all(seen == {id(network.get_parameter(name)) for name in applied.trained} for seen in clipped)
@@ -227,7 +239,9 @@ def test_the_audit_finds_a_moved_buffer(toy: Backbone) -> None:
 
 
 def test_first_matching_rule_wins_and_an_uncovered_parameter_is_an_error() -> None:
-    plan = Plan((Rule("a/*", None), Rule("*/norm/*", 0.5), Rule("b/*", 1.0)), 1, live_statistics=False, recalibrate=False)
+    plan = Plan(
+        (Rule("a/*", None), Rule("*/norm/*", 0.5), Rule("b/*", 1.0)), 1, live_statistics=False, recalibrate=False
+    )
     assert plan.multiplier("a/norm/x") is None
     assert plan.multiplier("b/norm/x") == 0.5
     assert plan.multiplier("b/weight/x") == 1.0

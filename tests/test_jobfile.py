@@ -155,6 +155,8 @@ def test_unknown_keys(override: str, start: str) -> None:
         ("seed=2147483648", "seed = 2147483648: should be less than 2147483648"),
         ("seed=-1", "seed = -1: should be greater than or equal to 0"),
         ("seed=0x8000000000000000", "seed: an integer of more than 64 bits"),
+        ("seed=0x7fffffffffffffff", "seed = 9223372036854775807: should be less than 2147483648"),
+        (f"seed={-(1 << 63) - 1}", "seed: an integer of more than 64 bits"),
         ("seed=" + "1" * 5000, f'seed = "{"1" * 79}…: should be a whole number, without point and quotes'),
         ("train=5", "train = 5: should be a table"),
         ("arms=5", "arms = 5: should be a table"),

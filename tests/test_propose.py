@@ -85,7 +85,10 @@ def test_a_grid_asks_each_point_once() -> None:
     arms = {"freeze": {"strategy": "freeze_depth", "sampler": "grid", "space": space}}
     job = toy_job(Path("unused"), ["search.trials=9"], arms=arms)
     arm = Proposer(job, "freeze", STAGES, 9)
-    asked = {(trial["proposal"].values["freeze.depth"], trial["proposal"].values["head.hidden"]) for trial in drive(arm, 0, 9)}
+    asked = {
+        (trial["proposal"].values["freeze.depth"], trial["proposal"].values["head.hidden"])
+        for trial in drive(arm, 0, 9)
+    }
     assert asked == {(depth, hidden) for depth in (0.0, 0.5, 1.0) for hidden in (0, 16, 32)}
     with pytest.raises(SpaceError, match="only 9 points; lower search.trials to 9"):
         Proposer(job, "freeze", STAGES, 10)

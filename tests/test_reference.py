@@ -5,7 +5,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from jsonschema import Draft202012Validator
 
 from frostline.jobfile import JobError, parse_job
@@ -77,6 +77,8 @@ def test_the_starter_job_is_a_job() -> None:
 
 
 @given(st.text())
+@example("a" * 65)
+@example("...")
 def test_any_name_starts_a_job(name: str) -> None:
     parse_job(tomllib.loads(starter_job(name)))
 

@@ -111,7 +111,9 @@ def test_arms_share_the_budget_equally_and_are_asked_in_turn(study_folder: Path)
     assert [spec.arm for spec in asked if spec] == ["probe", "full"] * 3
     assert study.ask() is None
     for spec in asked:
-        study.finish(spec.trial_id, outcome(spec, [EpochRecord(1, 0, {"nll": 0.0}, spec.seed, 0, 0, 0, 0, 0)], "complete"))
+        study.finish(
+            spec.trial_id, outcome(spec, [EpochRecord(1, 0, {"nll": 0.0}, spec.seed, 0, 0, 0, 0, 0)], "complete")
+        )
     confirmations = [study.ask() for _ in range(4)]
     assert study.ask() is None
     assert {spec.arm for spec in confirmations} == {"probe", "full"}
@@ -259,7 +261,9 @@ def test_a_second_driver_is_told_who_holds_the_study(study_folder: Path) -> None
         "test_study.open_study(toy_job(Path(sys.argv[1])))"
     )
     tests = str(Path(__file__).parent)
-    second = subprocess.run([sys.executable, "-c", script, str(study_folder), tests], capture_output=True, text=True, check=False)
+    second = subprocess.run(
+        [sys.executable, "-c", script, str(study_folder), tests], capture_output=True, text=True, check=False
+    )
     assert second.returncode != 0
     assert "StudyBusy" in second.stderr
     assert f"{os.getpid()}" in second.stderr
@@ -294,7 +298,9 @@ def test_a_trial_that_begins_anew_on_another_worker_keeps_one_set_of_epochs(stud
 def test_rows_are_committed_after_two_seconds_or_256_rows(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("frostline.study.time.monotonic", lambda: now[0])
-    job = toy_job(study_folder, ["search.trials=600", "search.sampler=random", "search.pruner.kind=none", "train.epochs=1"])
+    job = toy_job(
+        study_folder, ["search.trials=600", "search.sampler=random", "search.pruner.kind=none", "train.epochs=1"]
+    )
     study = open_study(job)
 
     def finish(count: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from frostline import trial as trial_module
 from frostline.data import load_data, subset
-from frostline.features import FeatureStore
+from frostline.features import FeatureStore, image_fetch
 from frostline.prepare import prepare
 from frostline.results import SCHEMAS, table_of
 from frostline.spec import Job, TrialSpec, configure, confirm_seeds, search_seeds
@@ -104,19 +105,21 @@ def test_training_on_cached_features_is_training_on_images(
     spec = spec_of(toy_job(tmp_path), values)
     cached = losses(spec, FeatureStore())
 
-    calls = []
+    calls: list[int] = []
 
-    def live_rows(store, backbone, dataset, samples, device):
-        images = trial_module.image_fetch(backbone, dataset, device)
+    prepared = prepare(toy_job(tmp_path))
 
-        def fetch(wanted):
+    def live_rows(_table: torch.Tensor, _samples: np.ndarray) -> Callable[[np.ndarray], torch.Tensor]:
+        images = image_fetch(prepared.backbone, prepared.dataset, torch.device("cpu"))
+
+        def fetch(wanted: np.ndarray) -> torch.Tensor:
             calls.append(len(wanted))
             with torch.no_grad():
-                return backbone.module(images(wanted))
+                return prepared.backbone.module(images(wanted))
 
         return fetch
 
-    monkeypatch.setattr(trial_module, "_feature_rows", live_rows)
+    monkeypatch.setattr(trial_module, "feature_fetch", live_rows)
     live = losses(spec, FeatureStore())
     assert sum(calls) > 3 * 100
     np.testing.assert_allclose(cached, live, rtol=1e-4)

@@ -11,13 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from frostline import results
+from frostline.data import splits_table
 from frostline.inline import run_inline
 from frostline.jobfile import load_job
 from frostline.prepare import prepare
 from frostline.progress import Progress
 from frostline.spec import Job
-from frostline.data import splits_table
 
 
 class SearchFailedError(RuntimeError):
@@ -45,7 +44,7 @@ def search(
     if not job.arms:
         raise ValueError(f"job {job.name!r} has no arms to search; add [arms.NAME] with a strategy and a space")
     console = console or Console(stderr=True)
-    who = {"pid": os.getpid(), "host": socket.gethostname(), "command": shlex.join(sys.argv)}
+    who = {"driver": os.getpid(), "host": socket.gethostname(), "command": shlex.join(sys.argv)}
     with Progress(console) as progress:
         prepared = prepare(job, progress.decoding)
         run = {"who": who, "show": progress.show}

@@ -16,8 +16,8 @@ import frostline
 from frostline import results
 from frostline.commit import StudyBusy
 from frostline.jobfile import load_job
-from frostline.spec import Job
 from frostline.reference import starter_job
+from frostline.spec import Job
 
 OVERRIDE_HELP = "dotted job keys laid over the file, for example train.lr=1e-3 or data.path=photos/"
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, "")  # python:MODULE:FUNCTION backbones lie in the working directory
     try:
         return arguments.run(arguments)
-    except (ValueError, StudyBusy) as error:
+    except (ValueError, ConnectionError, StudyBusy) as error:
         errors.print(f"frostline: {error}")
         return 2
     except RuntimeError as error:
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:  # noqa: ANN001
+def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=summary, description=summary[:1].upper() + summary[1:] + ".")
     parser.set_defaults(run=run)
     return parser
@@ -89,11 +89,8 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
 
 def _search(arguments: argparse.Namespace) -> int:
     job = load_job(arguments.job, arguments.overrides)
-    try:
-        frostline.search(job, inline=arguments.inline, address=arguments.address)
-    finally:
-        if (job.folder / "trials").exists():
-            results.render(job.folder, _stdout())
+    frostline.search(job, inline=arguments.inline, address=arguments.address)
+    results.render(job.folder, _stdout())
     return 0
 
 

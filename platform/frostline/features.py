@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from frostline.backbone import Backbone
 from frostline.data import Dataset
@@ -32,12 +32,15 @@ class FeatureStore:
     images_forwarded: int = 0
     _kept: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
 
-    def features(self, backbone: Backbone, dataset: Dataset, samples: np.ndarray, device: torch.device) -> Tensor:
-        """(n, D) float32 pooled features of these samples under the pretrained backbone in eval mode."""
+    def features(
+        self, backbone: Backbone, module: nn.Module, dataset: Dataset, samples: np.ndarray, device: torch.device
+    ) -> Tensor:
+        """(n, D) float32 pooled features of these samples under `module`, a copy on `device` of the pretrained backbone."""
         chosen = hashlib.sha256(np.ascontiguousarray(samples)).hexdigest()
-        key = f"{backbone.weights_hash}/{backbone.stages_hash}/{dataset.data_hash}/{dataset.pixels_hash}/{device}/{chosen}"
+        network = f"{backbone.name}/{backbone.source_hash}/{backbone.weights_hash}/{backbone.stages_hash}"
+        key = f"{network}/{dataset.data_hash}/{dataset.pixels_hash}/{device}/{chosen}"
         if key not in self._kept:
-            self._kept[key] = extract(backbone, dataset, samples, device)
+            self._kept[key] = extract(module, image_fetch(backbone, dataset, device), samples)
             self.images_forwarded += len(samples)
             while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self.budget_bytes:
                 self._kept.popitem(last=False)
@@ -46,11 +49,10 @@ class FeatureStore:
 
 
 @torch.no_grad()
-def extract(backbone: Backbone, dataset: Dataset, samples: np.ndarray, device: torch.device) -> Tensor:
-    """One pass of these samples through the pretrained backbone: (n, D) float32. A pure function of its arguments."""
-    fetch = image_fetch(backbone, dataset, device)
-    module = backbone.module.to(device).eval()
-    return torch.cat([module(fetch(chunk)).float() for chunk in chunks(samples, EVAL_BATCH)])
+def extract(module: nn.Module, images: Fetch, samples: np.ndarray) -> Tensor:
+    """One pass of these samples through a backbone in eval mode: (n, D) float32. A pure function of its arguments."""
+    module.eval()
+    return torch.cat([module(images(chunk)).float() for chunk in chunks(samples, EVAL_BATCH)])
 
 
 def image_fetch(backbone: Backbone, dataset: Dataset, device: torch.device) -> Fetch:

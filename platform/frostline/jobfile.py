@@ -200,7 +200,7 @@ def _dimension_mistakes(path: str, dimension: Any) -> Iterator[tuple[Loc, str]]:
             value = dimension.get(end)
             if isinstance(value, float) and value.is_integer() and holds_integers(path):
                 value = int(value)
-            if end in dimension and (message := _value_mistake(path, value, in_bounds=end != "step")):
+            if end in dimension and (message := _value_mistake(path, value)):
                 yield (end,), f"{_shown(value)}: {message}"
     elif isinstance(dimension, list):
         if not dimension:
@@ -265,14 +265,14 @@ def _ends(path: str, dimension: Any) -> tuple[Any, ...]:
     return dimension if isinstance(dimension, tuple) else (dimension,)
 
 
-def _value_mistake(path: str, value: Any, *, in_bounds: bool = True) -> str | None:
+def _value_mistake(path: str, value: Any) -> str | None:
     """What is wrong with `value` for the job key `path` by itself; None where nothing is."""
     section, key = path.split(".", 1)
     try:
         section_models()[section].model_validate({key: value})
     except ValidationError as error:
         for item in error.errors(include_url=False):
-            if item["loc"][:1] == (key,) and (in_bounds or item["type"].endswith("_type")):
+            if item["loc"][:1] == (key,):
                 return _message(item)
     return None
 

@@ -10,7 +10,7 @@ from typing import Any
 from frostline.backbone import Backbone, load_backbone
 from frostline.data import Dataset, load_data, subset
 from frostline.propose import distributions
-from frostline.spec import Job, derive_seed, depth_of
+from frostline.spec import Job, depth_of, derive_seed
 from frostline.world import find_device, hardware, versions
 
 

@@ -25,8 +25,8 @@ from frostline.spec import (
     Pruner,
     Range,
     Scalar,
-    derive_seed,
     depth_of,
+    derive_seed,
     holds_integers,
     is_searched,
 )
@@ -110,7 +110,9 @@ class Proposer:
             self.study.enqueue_trial(self.defaults[number])
         trial = self.study.ask(self.space)
         kept = self.storage.get_trial(self._trial_id(number)).system_attrs
-        return Proposal(dict(trial.params), {"trial": kept, "study": self.storage.get_study_system_attrs(self.study_id)})
+        return Proposal(
+            dict(trial.params), {"trial": kept, "study": self.storage.get_study_system_attrs(self.study_id)}
+        )
 
     def report(self, number: int, epoch: int, score: float) -> bool:
         """Take a running trial's score after an epoch; True where the pruner would stop it now."""

@@ -8,6 +8,7 @@ asked for but never committed runs again, whole, with the same configuration and
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -19,14 +20,24 @@ from typing import Any
 import pyarrow as pa
 
 from frostline import results
-from frostline.commit import Lease, clean, commit_part, next_part, publish_folder, write_file
+from frostline.commit import (
+    Lease,
+    StudyBusy,
+    clean,
+    commit_part,
+    committed_parts,
+    next_part,
+    publish_folder,
+    write_file,
+)
 from frostline.propose import Proposal, Proposer
-from frostline.spec import Job, TrialSpec, confirm_seeds, configure, search_seeds
+from frostline.spec import Job, TrialSpec, configure, confirm_seeds, search_seeds
 from frostline.train import EpochRecord
 from frostline.trial import Outcome
 
 COMMIT_ROWS = 256
 COMMIT_SECONDS = 2.0
+DYING_SECONDS = 30.0
 MAY_GROW = ("search.trials",)  # what may change, upwards, when a study is opened again
 
 
@@ -84,7 +95,7 @@ class Study:
     def __init__(self, job: Job, facts: Mapping[str, Any], splits: pa.Table, *, who: Mapping[str, Any]) -> None:
         self.job, self.folder = job, job.folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lease = Lease.take(self.folder, dict(who))
+        self.lease = _take_lease(self.folder, who)
         try:
             clean(self.folder)
             _record_job(self.folder, job, facts, splits)
@@ -94,9 +105,10 @@ class Study:
             self.finished: list[Finished] = []
             self.running: dict[str, Running] = {}
             self.again: deque[Running] = deque()
-            self.part = next_part(self.folder, "trials")
+            self.part = next_part(self.folder, results.RECORD)
             self.seq = 0
-            self.pending: dict[str, list[dict[str, Any]]] = {name: [] for name in results.TABLES}
+            self.pending = _no_rows()
+            self.sending: dict[str, list[dict[str, Any]]] | None = None
             self.opened = self.committed = time.monotonic()
             self._restore()
             self.found = len(self.finished)
@@ -182,13 +194,25 @@ class Study:
             self.commit()
 
     def commit(self) -> None:
-        """Commit finished trials, with the asks and epochs that belong to them, as one part."""
-        if self.pending["trials"]:
-            tables = {name: results.table_of(name, rows) for name, rows in self.pending.items() if rows}
-            commit_part(self.folder, tables, self.part)
-            self.part += 1
-            for rows in self.pending.values():
-                rows.clear()
+        """Commit finished trials, with the asks and epochs that belong to them, as one part.
+
+        Rows that a failed commit was sending are sent again, unless it had failed after they were in place.
+        """
+        if self.sending is None:
+            if not self.pending["trials"]:
+                return
+            self.sending, self.pending = self.pending, _no_rows()
+        elif self.part in committed_parts(self.folder, results.RECORD):
+            self._sent()
+            self.commit()
+            return
+        tables = {name: results.table_of(name, rows) for name, rows in self.sending.items() if rows}
+        commit_part(self.folder, tables, self.part)
+        self._sent()
+
+    def _sent(self) -> None:
+        self.part += 1
+        self.sending = None
         self.committed = time.monotonic()
 
     def close(self) -> None:
@@ -370,6 +394,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
     return found
 
 
+def _take_lease(folder: Path, who: Mapping[str, Any]) -> Lease:
+    """Hold the folder. Where the holder's driver is dead, its study actor is about to follow: wait for that."""
+    try:
+        return Lease.take(folder, who)
+    except StudyBusy:
+        holder = json.loads((folder / "lease.json").read_text(encoding="utf-8") or "{}")
+        if holder.get("host") != socket.gethostname() or Path(f"/proc/{holder.get('driver')}").exists():
+            raise
+        return Lease.take(folder, who, wait_s=DYING_SECONDS)
+
+
 def _record_job(folder: Path, job: Job, facts: Mapping[str, Any], splits: pa.Table) -> None:
     """Write the resolved job and the splits into a new study; hold them against those that an old one was begun with."""
     path = folder / "job.json"
@@ -412,6 +447,10 @@ def _epoch_row(trial_id: str, record: EpochRecord, seq: int, stop: bool) -> dict
         "images": record.images,
         "decision": "stop" if stop else "continue",
     }
+
+
+def _no_rows() -> dict[str, list[dict[str, Any]]]:
+    return {name: [] for name in results.TABLES}
 
 
 def _confirm_id(finalist: Finished, index: int) -> str:

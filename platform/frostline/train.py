@@ -19,6 +19,8 @@ from frostline.freeze import Applied, Network, check_gradients, check_masks, tra
 from frostline.metrics import scores
 from frostline.spec import Metric, Train
 
+REMEDY = "try a lower learning rate"
+
 
 class NonFiniteError(ArithmeticError):
     """A loss that is NaN or infinite."""
@@ -109,15 +111,14 @@ def train_epochs(
             step += 1
         train_loss = float(total) / len(train.samples)
         if not math.isfinite(train_loss):
-            raise NonFiniteError(f"the training loss of epoch {epoch} is {train_loss}; try a lower learning rate")
+            raise NonFiniteError(f"the training loss of epoch {epoch} is {train_loss}; {REMEDY}")
 
         eval_started = time.perf_counter()
         with average.swapped_in() if average is not None else nullcontext():
-            val_scores = scores(predict(model, val, autocast), val.labels.cpu().numpy())
-        if not math.isfinite(val_scores["nll"]):
-            raise NonFiniteError(
-                f"the validation loss of epoch {epoch} is {val_scores['nll']}; try a lower learning rate"
-            )
+            logits = predict(model, val, autocast)
+        if not np.isfinite(logits).all():
+            raise NonFiniteError(f"validation after epoch {epoch} gives logits that are not finite; {REMEDY}")
+        val_scores = scores(logits, val.labels.cpu().numpy())
         finished = time.perf_counter()
         yield EpochRecord(
             epoch=epoch,

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from frostline.backbone import Backbone, BackboneError, load_backbone
+from frostline.backbone import BackboneError, load_backbone
 from frostline.bundle import bundle_files
 from frostline.data import DataError, Dataset, load_data, subset
-from frostline.features import FeatureStore, Fetch, feature_fetch, image_fetch
+from frostline.features import FeatureStore, feature_fetch, image_fetch
 from frostline.freeze import (
     Applied,
     FreezeError,
@@ -62,19 +63,21 @@ def run_trial(spec: TrialSpec, *, store: FeatureStore, world: World, report: Rep
 
     backbone = load_backbone(spec.backbone, image_size=spec.data.image_size)
     head = build_head(config.head, backbone.feature_dim, len(dataset.classes), spec.seeds.head)
-    if config.head.init == "probe":
-        set_probe(head, store.features(backbone, dataset, train_samples, device), dataset.labels[train_samples])
     plan = compile_plan(config.freeze, backbone.stages)
     head_only = plan.cut == len(backbone.stages)
     network = Network(copy.deepcopy(backbone.module), head).to(device, memory_format=torch.channels_last)
     applied = apply_plan(plan, network, backbone)
     fixed_before = fixed_hash(network, applied)
 
+    def features(samples: np.ndarray) -> Tensor:
+        return store.features(backbone, network.backbone, dataset, samples, device)
+
     def batches(samples: np.ndarray) -> Batches:
-        fetch = _feature_rows(store, backbone, dataset, samples, device) if head_only else images
+        fetch = feature_fetch(features(samples), samples) if head_only else image_fetch(backbone, dataset, device)
         return Batches(fetch, samples, torch.from_numpy(dataset.labels[samples]).to(device))
 
-    images = image_fetch(backbone, dataset, device)
+    if config.head.init == "probe":
+        set_probe(head, features(train_samples), dataset.labels[train_samples])
     train, val = batches(train_samples), batches(val_samples)
     clock.lap("features")
 
@@ -252,12 +255,6 @@ class Clock:
 
     def total(self) -> float:
         return time.perf_counter() - self.started
-
-
-def _feature_rows(
-    store: FeatureStore, backbone: Backbone, dataset: Dataset, samples: np.ndarray, device: torch.device
-) -> Fetch:
-    return feature_fetch(store.features(backbone, dataset, samples, device), samples)
 
 
 def _sizes(network: Network, applied: Applied) -> dict[str, int]:

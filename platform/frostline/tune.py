@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,10 +22,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry; read when
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+if (Path.home() / ".ray" / "auth_token").exists():
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # verbose=0 is silent in the old one only
 
 import ray
 from ray import tune
+from ray.exceptions import AuthenticationError, RayTaskError
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -47,11 +51,17 @@ class PlacementError(ValueError):
     """Trials that no node of the cluster can hold."""
 
 
+class ClusterError(ConnectionError):
+    """A Ray cluster that cannot be reached."""
+
+
 class StudyActor:
     """The study's one owner on a cluster."""
 
-    def __init__(self, job: Job, facts: Mapping[str, Any], splits: pa.Table, who: Mapping[str, Any]) -> None:
+    def open(self, job: Job, facts: Mapping[str, Any], splits: pa.Table, who: Mapping[str, Any]) -> Snapshot:
+        """Begin, or go on with what is in the folder."""
         self.study = Study(job, facts, splits, who={**who, "pid": os.getpid()})
+        return self.study.snapshot()
 
     def ask(self) -> tuple[TrialSpec | None, bool]:
         """The next trial, if one can start now, and whether the study is done."""
@@ -147,9 +157,12 @@ def run_tune(
         slots = concurrency(job.resources.cpus, gpus, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(num_cpus=0)(StudyActor).options(scheduling_strategy=here)
-        study = actor.remote(job, facts, splits, {**who, "driver": os.getpid()})
+        study = actor.remote()
         try:
-            show(ray.get(study.snapshot.remote()))
+            show(ray.get(study.open.remote(job, facts, splits, dict(who))))
+        except RayTaskError as error:
+            raise error.cause from None
+        try:
             with _watching(study, show), tempfile.TemporaryDirectory(prefix="frostline-tune-") as scratch:
                 tune.Tuner(
                     tune.with_resources(
@@ -203,11 +216,20 @@ def _cluster(address: str | None) -> Iterator[None]:
     """Connected to Ray: to a cluster that is there, which is sent this very code, or to one of our own."""
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if address is None:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
+        ray.init(include_dashboard=False, **options)
     else:
-        package = str(Path(frostline.__file__).parent)
-        ray.init(address, log_to_driver=False, logging_level="warning", runtime_env={"py_modules": [package]})
+        try:
+            ray.init(address, runtime_env={"py_modules": [str(Path(frostline.__file__).parent)]}, **options)
+        except (ConnectionError, AuthenticationError) as error:
+            raise ClusterError(
+                f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}. If there is one, it may want a "
+                "token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH where its token is not in ~/.ray/auth_token"
+            ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler aborts the process
     try:
         yield
     finally:

@@ -31,6 +31,7 @@ class World:
     @staticmethod
     def here(resources: Resources) -> World:
         """This process, with its threads set to what the job says. Raises ValueError where the device is not there."""
+        torch.backends.mha.set_fastpath_enabled(False)  # it differs from the trained path in the last bits
         if torch.get_num_threads() != resources.threads:
             torch.set_num_threads(resources.threads)
         return World(find_device(resources.device), socket.gethostname())

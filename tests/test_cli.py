@@ -1,0 +1,170 @@
+"""The command line, as a stranger meets it."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from frostline import results
+from frostline.cli import build_parser, main
+from frostline.testing import TOY_BACKBONE, image_folder
+
+COMMANDS = ("search", "plan", "results", "schema", "init")
+SMALL = ["search.trials=2", "train.epochs=2", "confirm.seeds=1", "data.image_size=16", "data.per_class=10"]
+TOY = [*SMALL, f"backbone.name={TOY_BACKBONE}", "backbone.weights=random"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def job() -> str:
+    assert main(["init"]) == 0
+    return "job.toml"
+
+
+def test_every_command_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    for command in COMMANDS:
+        assert command in text
+        with pytest.raises(SystemExit):
+            build_parser().parse_args([command, "--help"])
+        assert "usage: frostline" in capsys.readouterr().out
+
+
+def test_init_writes_a_job_once(capsys: pytest.CaptureFixture[str], job: str) -> None:
+    assert "next: frostline plan job.toml" in capsys.readouterr().out
+    assert tomllib.loads(Path(job).read_text())["name"] == "job"
+    assert main(["init"]) == 2
+    assert "job.toml exists" in capsys.readouterr().err
+    assert main(["init", "missing/job.toml"]) == 2
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["properties"]["data"]
+
+
+def test_a_search_from_init_to_results(capsys: pytest.CaptureFixture[str], job: str) -> None:
+    assert main(["search", job, *TOY, "--inline"]) == 0
+    shown = capsys.readouterr()
+    assert "finalist" in shown.out
+    assert "results/job" in shown.out
+    assert "2/2 trials" in shown.err
+    assert main(["results", "results/job"]) == 0
+    assert "finalist" in capsys.readouterr().out
+    assert (
+        main(["results", "results/job", "--sql", "select round, count(*) as n from trials group by round order by 1"])
+        == 0
+    )
+    table = capsys.readouterr().out
+    assert "confirm" in table
+    assert "search" in table
+    assert main(["results", "results/job", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["finalists"]) == 1
+    assert main(["search", job, *TOY, "search.trials=3", "--inline"]) == 0
+    assert len(results.read_trials("results/job")) >= 4
+    assert main(["search", job, *TOY, "search.trials=3", "train.lr=0.01", "--inline"]) == 2
+    assert "train.lr: was 0.0003, now 0.01" in capsys.readouterr().err
+
+
+def test_mistakes_are_listed_together_and_exit_with_2(capsys: pytest.CaptureFixture[str], job: str) -> None:
+    assert main(["search", job, "train.lrr=1", "data.val=7"]) == 2
+    errors = capsys.readouterr().err
+    assert "job.toml: 2 mistakes" in errors
+    assert "Did you mean 'lr'" in errors
+    assert "data.val" in errors
+    assert main(["search", "nothing.toml"]) == 2
+    assert "frostline init" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.path=phtos", "phtos"),
+        ("backbone.name=timm/resnet18_", "resnet18"),
+        ("backbone.name=efficientnet-lite", "efficientnet-lite0"),
+        ("data.per_class=5000", "per_class = 5000"),
+        ('arms.freeze.space."freeze.depth"=[30]', "this backbone has"),
+        ("resources.device=cuda", "resources.device"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_spent(
+    capsys: pytest.CaptureFixture[str], job: str, override: str, said: str
+) -> None:
+    arguments = [item for item in TOY if item.partition("=")[0] != override.partition("=")[0]]
+    assert main(["search", job, *arguments, override, "--inline"]) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("results/job/trials").exists()
+
+
+def test_a_job_without_arms_has_nothing_to_search(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bare.toml").write_text('name = "bare"\n[data]\npath = "digits"\n')
+    assert main(["search", "bare.toml"]) == 2
+    assert "no arms" in capsys.readouterr().err
+
+
+def test_results_of_what_is_no_study(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["results", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def photographs(root: Path) -> Path:
+    """Real photographs: pieces of scikit-learn's palace and flower, as JPEG files in a folder a class."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    for name, photo in zip(("palace", "flower"), load_sample_images().images, strict=True):
+        (root / name).mkdir(parents=True)
+        for index in range(24):
+            top, left = rng.integers(0, photo.shape[0] - 128), rng.integers(0, photo.shape[1] - 128)
+            Image.fromarray(photo[top : top + 128, left : left + 128]).save(root / name / f"{index}.jpg")
+    return root
+
+
+@pytest.mark.parametrize("backbone", ["timm/resnet10t", "torchvision/mobilenet_v3_small"])
+def test_an_image_folder_and_another_backbone_need_two_overrides(job: str, backbone: str) -> None:
+    photographs(Path("photos"))
+    small = ["search.trials=2", "train.epochs=1", "confirm.seeds=1", "data.image_size=32"]
+    command = ["search", job, *small, "backbone.weights=random", "data.path=photos", f"backbone.name={backbone}"]
+    assert main([*command, "--inline"]) == 0
+    rows = results.read_trials("results/job").to_pylist()
+    assert {row["status"] for row in rows} == {"complete"}
+    assert json.loads(rows[0]["spec"])["data"]["path"] == str(Path("photos").absolute())
+
+
+def test_weights_from_a_local_file(job: str) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    save_file(timm.create_model("resnet10t", num_classes=7).state_dict(), "mine.safetensors")
+    image_folder(Path("shapes"))
+    small = ["search.trials=1", "train.epochs=1", "confirm.seeds=0", "data.image_size=32", "data.path=shapes"]
+    assert (
+        main(["search", job, *small, "backbone.name=timm/resnet10t", "backbone.weights=mine.safetensors", "--inline"])
+        == 0
+    )
+    assert (
+        main(
+            [
+                "search",
+                job,
+                *small,
+                "backbone.name=timm/resnet18",
+                "backbone.weights=mine.safetensors",
+                "name=b",
+                "--inline",
+            ]
+        )
+        == 2
+    )

@@ -1,0 +1,68 @@
+"""What is settled before a study: sizes, paths, facts; and where it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from frostline.prepare import prepare
+from frostline.spec import Resources
+from frostline.testing import image_folder, toy_job
+from frostline.world import World, autocast_dtype, find_device, peak_mib, reset_peak, versions
+
+
+def test_a_prepared_job_has_nothing_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "shapes")
+    ready = prepare(toy_job(Path("study"), data={"path": "shapes"}))
+    assert ready.job.data.path == str(tmp_path / "shapes")
+    assert ready.job.data.image_size == 16
+    assert ready.job.folder == tmp_path / "study"
+    facts = ready.facts
+    assert facts["classes"] == ["bars", "discs"]
+    assert facts["stages"] == ["stem", "block1", "block2"]
+    assert facts["n_train"] + facts["n_val"] + facts["n_test"] == 24
+    assert len(facts["versions"]["code"]) == 12
+
+
+def test_facts_change_with_what_they_stand_for(tmp_path: Path) -> None:
+    first = prepare(toy_job(tmp_path, data={"path": str(image_folder(tmp_path / "a"))})).facts
+    other = prepare(toy_job(tmp_path, data={"path": str(image_folder(tmp_path / "b", per_class=13))})).facts
+    assert first["data_hash"] != other["data_hash"]
+    assert first["weights_hash"] == other["weights_hash"]
+    reseeded = prepare(toy_job(tmp_path, ["seed=1"], data={"path": str(tmp_path / "a")})).facts
+    assert reseeded["data_hash"] == first["data_hash"]
+    assert reseeded["split_hash"] != first["split_hash"]
+
+
+def test_devices() -> None:
+    assert find_device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        assert find_device("auto").type in ("cpu", "mps")
+        with pytest.raises(ValueError, match=r"resources\.device = 'cuda'"):
+            find_device("cuda")
+    assert autocast_dtype("auto", torch.device("cpu")) is None
+    assert autocast_dtype("bf16", torch.device("cpu")) is torch.bfloat16
+
+
+def test_a_world_has_the_threads_of_the_job() -> None:
+    World.here(Resources(threads=2))
+    assert torch.get_num_threads() == 2
+
+
+def test_peak_memory_is_of_what_ran_since_the_reset() -> None:
+    cpu = torch.device("cpu")
+    reset_peak(cpu)
+    before = peak_mib(cpu)
+    big = torch.ones(64 << 18)  # 64 MiB
+    held = peak_mib(cpu)
+    assert 60 < held - before < 80
+    del big
+    reset_peak(cpu)
+    assert peak_mib(cpu) < held - 40
+
+
+def test_versions_name_what_computes() -> None:
+    assert {"python", "torch", "ray", "optuna", "frostline", "code"} <= set(versions())
