@@ -129,12 +129,12 @@ per_class = 20
 name = "{TOY_BACKBONE}"
 weights = "random"
 [train]
-epochs = 30
+epochs = 120
 [search]
 trials = 30
 startup_trials = 5
 [search.pruner]
-grace_epochs = 5
+grace_epochs = 20
 [confirm]
 seeds = 2
 [arms.freeze]
@@ -209,6 +209,7 @@ def test_an_interrupted_search_says_so_and_goes_on_later(tmp_path: Path, number:
     driver.send_signal(number)
     output, _ = driver.communicate(timeout=120)
     assert driver.returncode == 128 + number, output
+    assert "the same command goes on from there" in output
     kept = committed(study)
     again = start(tmp_path, "search.trials=8")
     output, _ = again.communicate(timeout=600)

@@ -26,7 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and answer its exit status: 0 done, 1 failed, 2 a mistake in the input, 130 and 143 interrupted."""
     arguments = build_parser().parse_args(argv)
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    signal.signal(signal.SIGTERM, _terminate)
+    received = [signal.SIGINT]
+
+    def terminate(number: int, _frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     if "" not in sys.path:
         sys.path.insert(0, "")  # python:MODULE:FUNCTION backbones lie in the working directory
     try:
@@ -39,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         errors.print(f"frostline: {error}")
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ray turns the one into the other
         errors.print("frostline: interrupted; what had finished is kept, and the same command goes on from there")
-        return 130
+        return 128 + received[-1]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -132,10 +138,6 @@ def _init(arguments: argparse.Namespace) -> int:
 
 def _stdout() -> Console:
     return Console(highlight=False)
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise SystemExit(143)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -22,12 +24,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from frostline.backbone import Backbone, stage_table
-from frostline.features import EVAL_BATCH, feature_fetch, image_fetch
+from frostline.backbone import stage_table
+from frostline.features import EVAL_BATCH, Fetch, feature_fetch, image_fetch
 from frostline.freeze import Network, apply_plan, compile_plan, fixed_hash
 from frostline.head import build_head, set_probe
+from frostline.pixels import cache_root
 from frostline.prepare import Prepared, prepare
-from frostline.progress import Progress, duration
+from frostline.progress import Progress
 from frostline.propose import Proposer, distributions
 from frostline.spec import Arm, Freeze, Head, Job, Pruner, Range, Resources, depth_of
 from frostline.stages import StageCost
@@ -36,25 +39,21 @@ from frostline.train import Batches, Seeding, predict, train_epochs
 from frostline.world import World, autocast_dtype, hardware
 
 TIMING_S = 6.0  # what the timed steps may take on a CPU; batches shrink to fit
-LIVE_CUTS = 3  # cuts below the head that are timed
-PART_BYTES, TRIAL_BYTES, EPOCH_BYTES = (
-    42_000,
-    400,
-    80,
-)  # measured: a commit's Parquet files, and what a row adds to them
-PREDICTION_BYTES, SAMPLE_BYTES = 20, 20  # measured: a row without its probabilities, and a line of the splits
+PART_BYTES, TRIAL_BYTES, EPOCH_BYTES = 42_000, 400, 80  # measured: Parquet files of a commit, and what a row adds
+PREDICTION_BYTES, SAMPLE_BYTES = 40, 20  # measured: a row without its probabilities, and one of the splits
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What was timed; seconds at best, on an otherwise idle device."""
+    """What was timed, on the device and with the threads of a trial."""
 
-    device: str
+    device: str  # `cpu`, `cuda` or `mps`
+    hardware: str
     threads: int
     batch_size: int
     """Of the timed steps below the head: the job's, or less where those would take too long."""
     forward_s: float
-    """Per image through the whole network in eval mode."""
+    """Per image through the network in eval mode."""
     steps: Mapping[int, float]
     """Cut -> seconds per image of a training step, forward, backward and optimizer; at the cut after the last stage
     those of the head alone, on features. Holds the first and the last cut that the job can draw, and some between."""
@@ -88,7 +87,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """How much a search would take; `at_most` holds where trials take what the timed steps took."""
+    """What a search would take, as far as its steps take what the timed ones took."""
 
     trials: int
     confirmations: int
@@ -104,101 +103,103 @@ class Estimate:
 
 
 def measure(prepared: Prepared) -> StepCosts:
-    """Time the job's own network, loop and optimizer on a few real batches, on the device and threads of a trial.
+    """Time the job's own network, loop and optimizer on a few real batches, the best of two after a warm-up.
 
-    Batch size and head width are the mean of what the arms may draw; the norm policy is the job's. Takes about
-    `TIMING_S` on a CPU. Raises ValueError where `resources.device` is not there.
+    Batch size and head width are the mean of what the arms may draw; the norm policy is the job's. Takes some `TIMING_S`
+    on a CPU. Raises ValueError where `resources.device` is not there.
     """
-    job, backbone, dataset = prepared.job, prepared.backbone, prepared.dataset
-    device, last = World.here(job.resources).device, len(backbone.stages)
-    cuts = cuts_to_time({cut for arm in job.arms.values() for cut in arm_cuts(job, arm, last)}, last)
-    samples = dataset.indices("train")
-    images = image_fetch(backbone, dataset, device)
-    autocast = autocast_dtype(job.train.precision, device)
-    head = Head(hidden=round(fmean(_mean(job, arm, "head.hidden") for arm in job.arms.values())))
-    wanted = min(round(fmean(_mean(job, arm, "train.batch_size") for arm in job.arms.values())), prepared.n_train)
-
-    def rows(fetch, chosen: np.ndarray) -> Batches:
-        return Batches(fetch, chosen, torch.from_numpy(dataset.labels[chosen]).to(device))
-
-    def forward_s(count: int) -> float:
-        """Seconds per image, the best of two passes after a warm-up."""
-        network, some, passes = (
-            _network(backbone, head, len(dataset.classes), device),
-            rows(images, samples[:count]),
-            [],
-        )
-        for _ in range(3):
-            started = time.perf_counter()
-            predict(network, some, autocast)
-            passes.append(time.perf_counter() - started)
-        return min(passes[1:]) / len(some.samples)
-
-    rough_s = forward_s(2)
-    affordable = wanted if device.type != "cpu" else affordable_batch(wanted, rough_s, len(cuts))
-    steps, starts = {}, []
-    for cut in cuts:
-        batch = wanted if cut == last else affordable
-        chosen = samples[: 8 * batch if cut == last else batch]
-        started = time.perf_counter()
-        network = _network(backbone, head, len(dataset.classes), device)
-        plan = compile_plan(Freeze(strategy="freeze_depth", depth=cut, norm=job.freeze.norm), backbone.stages)
-        applied = apply_plan(plan, network, backbone)
-        for _ in range(2):  # before and after training
-            fixed_hash(network, applied)
-        starts.append(time.perf_counter() - started)
-        fetch = feature_fetch(torch.rand(len(chosen), backbone.feature_dim, device=device), chosen)
-        train = rows(fetch if cut == last else images, chosen)
-        config = job.train.model_copy(update={"epochs": 3, "batch_size": batch, "lr": 1e-6, "head_lr": 1e-6})
-        _, *timed = train_epochs(
-            network,
-            applied,
-            config,
-            train=train,
-            val=rows(train.fetch, chosen[:2]),
-            metric=job.objective.metric,
-            seeding=Seeding(0, 0),
-            head_only=cut == last,
-            autocast=autocast,
-        )
-        steps[cut] = min(record.seconds - record.eval_seconds for record in timed) / len(chosen)
-
-    probed = any(_chance(job, arm, "head.init", "probe") for arm in job.arms.values())
+    job, last, arms = prepared.job, len(prepared.backbone.stages), list(prepared.job.arms.values())
+    device = World.here(job.resources).device
+    cuts = cuts_to_time({cut for arm in arms for cut in arm_cuts(job, arm, last)}, last)
+    wanted = min(round(fmean(_mean(job, arm, "train.batch_size") for arm in arms)), prepared.n_train)
+    head = Head(hidden=round(fmean(_mean(job, arm, "head.hidden") for arm in arms)))
+    shrink, live = device.type == "cpu", sum(cut < last for cut in cuts)
+    rough_s = _forward_seconds(prepared, 2, device)
+    batch = affordable_batch(wanted, rough_s, live) if shrink else wanted
+    passed = affordable_batch(EVAL_BATCH, rough_s, live) if shrink else EVAL_BATCH
+    timed = {cut: _step_seconds(prepared, cut, head, wanted if cut == last else batch, device) for cut in cuts}
+    probed = any(_chance(job, arm, "head.init", "probe") for arm in arms)
     return StepCosts(
-        device=hardware(device),
+        device=device.type,
+        hardware=hardware(device),
         threads=torch.get_num_threads(),
-        batch_size=affordable,
-        forward_s=forward_s(min(EVAL_BATCH, affordable_batch(EVAL_BATCH, rough_s, len(cuts)))),
-        steps=steps,
-        start_s=min(starts),
-        probe_s=_probe_s(prepared) if probed else 0.0,
+        batch_size=batch,
+        forward_s=_forward_seconds(prepared, passed, device),
+        steps={cut: step_s for cut, (step_s, _) in timed.items()},
+        start_s=min(start_s for _, start_s in timed.values()),
+        probe_s=_probe_seconds(prepared) if probed else 0.0,
     )
 
 
-def _network(backbone: Backbone, head: Head, classes: int, device: torch.device) -> Network:
-    network = Network(copy.deepcopy(backbone.module), build_head(head, backbone.feature_dim, classes, seed=0))
-    return network.to(device, memory_format=torch.channels_last)
-
-
-def _probe_s(prepared: Prepared) -> float:
-    dim, classes = prepared.backbone.feature_dim, len(prepared.dataset.classes)
-    head, labels = build_head(Head(), dim, classes, seed=0), np.arange(prepared.n_train) % classes
+def _step_seconds(prepared: Prepared, cut: int, head: Head, batch: int, device: torch.device) -> tuple[float, float]:
+    """Seconds per image of a training step at a cut, and seconds per trial before its first step."""
+    job, backbone, dataset = prepared.job, prepared.backbone, prepared.dataset
+    head_only = cut == len(backbone.stages)
     started = time.perf_counter()
-    set_probe(head, torch.rand(prepared.n_train, dim), labels)
+    network = _network(prepared, head, device)
+    freeze = Freeze(strategy="freeze_depth", depth=cut, norm=job.freeze.norm)
+    applied = apply_plan(compile_plan(freeze, backbone.stages), network, backbone)
+    for _ in range(2):  # a trial's audit, before and after
+        fixed_hash(network, applied)
+    start_s = time.perf_counter() - started
+
+    samples = dataset.indices("train")[: 8 * batch if head_only else batch]  # steps of a head are too short to time one
+    fetch = image_fetch(backbone, dataset, device)
+    if head_only:
+        fetch = feature_fetch(torch.rand(len(samples), backbone.feature_dim, device=device), samples)
+    _, *records = train_epochs(
+        network,
+        applied,
+        job.train.model_copy(update={"epochs": 3, "batch_size": batch, "lr": 1e-6, "head_lr": 1e-6}),
+        train=_batches(prepared, fetch, samples, device),
+        val=_batches(prepared, fetch, samples[:2], device),
+        metric=job.objective.metric,
+        seeding=Seeding(0, 0),
+        head_only=head_only,
+        autocast=autocast_dtype(job.train.precision, device),
+    )
+    return min(record.seconds - record.eval_seconds for record in records) / len(samples), start_s
+
+
+def _forward_seconds(prepared: Prepared, count: int, device: torch.device) -> float:
+    """Seconds per image of the network in eval mode, `count` images at a time."""
+    fetch = image_fetch(prepared.backbone, prepared.dataset, device)
+    batches = _batches(prepared, fetch, prepared.dataset.indices("train")[:count], device)
+    network, passes = _network(prepared, Head(), device), []
+    for _ in range(3):
+        started = time.perf_counter()
+        predict(network, batches, autocast_dtype(prepared.job.train.precision, device))
+        passes.append(time.perf_counter() - started)
+    return min(passes[1:]) / len(batches.samples)
+
+
+def _network(prepared: Prepared, head: Head, device: torch.device) -> Network:
+    on_top = build_head(head, prepared.backbone.feature_dim, len(prepared.dataset.classes), seed=0)
+    network = Network(copy.deepcopy(prepared.backbone.module), on_top)
+    return network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def _probe_seconds(prepared: Prepared) -> float:
+    dim, classes, n = prepared.backbone.feature_dim, len(prepared.dataset.classes), prepared.n_train
+    started = time.perf_counter()
+    set_probe(build_head(Head(), dim, classes, seed=0), torch.rand(n, dim), np.arange(n) % classes)
     return time.perf_counter() - started
+
+
+def _batches(prepared: Prepared, fetch: Fetch, samples: np.ndarray, device: torch.device) -> Batches:
+    return Batches(fetch, samples, torch.from_numpy(prepared.dataset.labels[samples]).to(device))
 
 
 def cuts_to_time(cuts: Collection[int], last: int) -> list[int]:
     """Of the cuts that a job may draw: the first, the middle and the last below the head, and the head's if it is there."""
     live = sorted(cut for cut in set(cuts) if cut < last)
-    if len(live) > LIVE_CUTS:
-        live = [live[0], live[len(live) // 2], live[-1]]
-    return live + [last] * (last in cuts)
+    some = [live[0], live[len(live) // 2], live[-1]] if len(live) > 3 else live
+    return some + [last] * (last in cuts)
 
 
 def affordable_batch(wanted: int, image_s: float, cuts: int) -> int:
-    """The largest batch up to `wanted`, and at least 2, with which timing `cuts` cuts stays within `TIMING_S`, where an
-    image takes `image_s` forward and a step three times that; three steps are taken at each cut, and three passes."""
+    """The largest batch up to `wanted`, but 2 if it can be, with which timing stays within `TIMING_S`, where an image
+    takes `image_s` forward and three times that in a step: three steps at each of `cuts` cuts, and three passes."""
     return min(wanted, max(2, int(TIMING_S / (image_s * (9 * cuts + 3)))))
 
 
@@ -208,94 +209,74 @@ def affordable_batch(wanted: int, image_s: float, cuts: int) -> int:
 def estimate(job: Job, stages: Sequence[StageCost], sizes: Sizes, costs: StepCosts, slots: int) -> Estimate:
     """What the search of `job` takes with `slots` trials at once.
 
-    A trial at a cut below the head takes epochs x (n_train x step(cut) + n_val x forward); between the cuts that were
-    timed, step(cut) is linear in the share of FLOPs behind the cut. A trial of the head alone takes
-    epochs x (n_train + n_val) x step(head), and the features are extracted once by each process that needs them.
+    A trial at a cut below the head takes epochs x (n_train x step(cut) + n_val x forward) seconds; one of the head alone
+    epochs x (n_train + n_val) x step(head), on features that each of the `slots` processes extracts once. To both comes
+    what a trial takes to start, and, to a confirmation, a pass over test (and, for features, over its own train samples).
     """
-    arms, last, both = list(job.arms.values()), len(stages), job.confirm.finalists == "arms"
+    arms, each_arm = list(job.arms.values()), job.confirm.finalists == "arms"
     share = job.search.trials // len(arms)
-    trials, confirmations = share * len(arms), job.confirm.seeds * (len(arms) if both else 1)
+    trials, confirmations = share * len(arms), job.confirm.seeds * (len(arms) if each_arm else 1)
+    longest = [_largest(job, arm, "train.epochs") for arm in arms]
+    typical = [_mean(job, arm, "train.epochs") for arm in arms]
+    stopped = [expected_epochs(job.search.pruner, epochs) for epochs in typical]
+    probed = any(_chance(job, arm, "head.init", "probe") for arm in arms)
+    cached = probed or any(len(stages) in arm_cuts(job, arm, len(stages)) for arm in arms)
 
-    def draws(epochs: Callable[[Arm], float], tested: bool = False) -> list[list[_Draw]]:
+    def works(epochs: Sequence[float], confirm: bool = False, dearest: bool = False) -> list[np.ndarray]:
         return [
-            [_draw(job, arm, cut, epochs(arm), stages, sizes, costs, tested) for cut in arm_cuts(job, arm, last)]
-            for arm in arms
+            _work(job, arm, each, stages, sizes, costs, confirm=confirm, dearest=dearest)
+            for arm, each in zip(arms, epochs, strict=True)
         ]
 
-    def longest(arm: Arm) -> float:
-        return _largest(job, arm, "train.epochs")
-
-    def typical(arm: Arm) -> float:
-        return _mean(job, arm, "train.epochs")
-
-    def stopped(arm: Arm) -> float:
-        return expected_epochs(job.search.pruner, typical(arm))
-
-    def cost(searched: Sequence[_Draw], confirmed: Sequence[_Draw]) -> Cost:
-        """From a trial of each arm, and a confirmation of each finalist."""
-        search = share * np.sum([draw.work for draw in searched], axis=0)
-        confirm = confirmations * np.mean([draw.work for draw in confirmed], axis=0)
-        cached = confirmations * fmean(draw.cached for draw in confirmed)
-        search += _forward(sizes.n_train + sizes.n_val, costs) * min(
-            slots, share * sum(draw.cached for draw in searched)
-        )
-        confirm += _forward(sizes.n_test, costs) * min(slots, cached)
-        if job.data.per_class is not None:  # each confirmation draws its own train samples
-            confirm += _forward(sizes.n_train, costs) * cached
+    def cost(searched: Sequence[np.ndarray], finalists: Sequence[np.ndarray]) -> Cost:
+        search = share * np.sum(searched, axis=0)
+        if cached:
+            search += min(slots, trials) * _pass(sizes.n_train + sizes.n_val, costs)
+        confirm = confirmations * np.mean(finalists, axis=0)
         rounds = math.ceil(confirmations / slots) / max(1, confirmations)
-        wall_s = search[2] / min(slots, trials) + confirm[2] * rounds
-        return Cost(*map(float, search + confirm), wall_s=float(wall_s))
+        forward, backward, device_s = map(float, search + confirm)
+        return Cost(forward, backward, device_s, float(search[2] / min(slots, trials) + confirm[2] * rounds))
 
-    finals = [max(choices, key=_seconds) for choices in draws(longest, tested=True)]
-    at_most = cost(
-        [max(choices, key=_seconds) for choices in draws(longest)], finals if both else [max(finals, key=_seconds)]
-    )
-    expected = cost(
-        [_evenly(choices) for choices in draws(stopped)],
-        [_evenly(choices) for choices in draws(typical, tested=True)],
-    )
-    epochs = share * sum(map(longest, arms)) + confirmations * max(map(longest, arms))
+    finals = works(longest, confirm=True, dearest=True)
+    at_most = cost(works(longest, dearest=True), finals if each_arm else [max(finals, key=itemgetter(2))])
+    expected = cost(works(stopped), works(typical, confirm=True))
+    epochs = share * sum(longest) + confirmations * max(longest)
     disk = _disk(job, stages, sizes, trials + confirmations, confirmations, epochs, at_most.wall_s)
     return Estimate(trials, confirmations, at_most, expected, disk)
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """What a trial takes."""
-
-    work: np.ndarray  # (3,): images forward, images backward, seconds
-    cached: float  # chance that it reads features
-
-
-def _draw(
+def _work(
     job: Job,
     arm: Arm,
-    cut: int,
     epochs: float,
     stages: Sequence[StageCost],
     sizes: Sizes,
     costs: StepCosts,
-    tested: bool,
-) -> _Draw:
-    probe = _chance(job, arm, "head.init", "probe")
-    start = np.array([0.0, 0.0, costs.start_s + probe * costs.probe_s])
-    step_s = step_seconds(cut, stages, costs)
-    if cut == len(stages):
-        return _Draw(start + [0.0, 0.0, epochs * (sizes.n_train + sizes.n_val) * step_s], 1.0)
-    steps = epochs * sizes.n_train * np.array([1.0, 1.0, step_s])
-    recalibrated = _chance(job, arm, "freeze.norm", "recalibrate") * sizes.n_train
-    return _Draw(start + steps + _forward(epochs * sizes.n_val + recalibrated + tested * sizes.n_test, costs), probe)
+    *,
+    confirm: bool,
+    dearest: bool,
+) -> np.ndarray:
+    """(3,): images forward, images backward and seconds of one trial of an arm, its mean or its dearest one."""
+    likely = math.ceil if dearest else float
+    probe = likely(_chance(job, arm, "head.init", "probe"))
+    recalibrated = likely(_chance(job, arm, "freeze.norm", "recalibrate")) * sizes.n_train
+    redrawn = sizes.n_train if job.data.per_class is not None else 0
+
+    def at(cut: int) -> np.ndarray:
+        step_s = step_seconds(cut, stages, costs)
+        started = np.array([0.0, 0.0, costs.start_s + probe * costs.probe_s])
+        if cut == len(stages):
+            trained = np.array([0.0, 0.0, epochs * (sizes.n_train + sizes.n_val) * step_s])
+            return started + trained + _pass(confirm * (sizes.n_test + redrawn), costs)
+        trained = epochs * sizes.n_train * np.array([1.0, 1.0, step_s])
+        passed = epochs * sizes.n_val + recalibrated + confirm * (sizes.n_test + probe * redrawn)
+        return started + trained + _pass(passed, costs)
+
+    works = [at(cut) for cut in arm_cuts(job, arm, len(stages))]
+    return max(works, key=itemgetter(2)) if dearest else np.mean(works, axis=0)
 
 
-def _evenly(draws: Sequence[_Draw]) -> _Draw:
-    return _Draw(np.mean([draw.work for draw in draws], axis=0), fmean(draw.cached for draw in draws))
-
-
-def _seconds(draw: _Draw) -> float:
-    return draw.work[2]
-
-
-def _forward(images: float, costs: StepCosts) -> np.ndarray:
+def _pass(images: float, costs: StepCosts) -> np.ndarray:
     return images * np.array([1.0, 0.0, costs.forward_s])
 
 
@@ -323,10 +304,10 @@ def expected_epochs(pruner: Pruner, epochs: float) -> float:
 
 def arm_cuts(job: Job, arm: Arm, stages: int) -> list[int]:
     """The cuts that an arm may draw, each as likely as the others. Raises SpaceError."""
-    depth = distributions(arm, stages).get("freeze.depth")
-    if isinstance(depth, CategoricalDistribution):
-        depths = depth.choices
-    elif depth is not None:
+    searched = distributions(arm, stages).get("freeze.depth")
+    if isinstance(searched, CategoricalDistribution):
+        depths: Sequence[Any] = searched.choices
+    elif searched:
         depths = range(stages + 1)
     else:
         depths = [arm.space.get("freeze.depth", job.freeze.depth) if arm.strategy == "freeze_depth" else None]
@@ -346,13 +327,13 @@ def _disk(
     job: Job, stages: Sequence[StageCost], sizes: Sizes, trials: int, confirmations: int, epochs: float, wall_s: float
 ) -> dict[str, int]:
     parts = min(trials, math.ceil(wall_s / COMMIT_SECONDS) + math.ceil(trials / COMMIT_ROWS))
-    samples = sizes.n_train + sizes.n_val + sizes.n_test
     first = min(cut for arm in job.arms.values() for cut in arm_cuts(job, arm, len(stages)))
     hidden = max(_largest(job, arm, "head.hidden") for arm in job.arms.values())
     head = (hidden or sizes.feature_dim) * sizes.classes + hidden * sizes.feature_dim
     weights = sum(stage.parameters for stage in stages[first:]) + head
+    rows = PART_BYTES * parts + TRIAL_BYTES * trials + EPOCH_BYTES * epochs
     return {
-        "rows": int(PART_BYTES * parts + TRIAL_BYTES * trials + EPOCH_BYTES * epochs + SAMPLE_BYTES * samples),
+        "rows": int(rows + SAMPLE_BYTES * (sizes.n_train + sizes.n_val + sizes.n_test)),
         "predictions": confirmations * sizes.n_test * (4 * sizes.classes + PREDICTION_BYTES),
         "bundle": int(4 * weights) if confirmations else 0,
         "pixels": sizes.pixels_bytes,
@@ -366,26 +347,17 @@ def _entry(job: Job, arm: Arm, path: str) -> Any:
 
 
 def _mean(job: Job, arm: Arm, path: str) -> float:
-    """Of a number over the arm's space, or the value that it is held at."""
-    match _entry(job, arm, path):
-        case Range(low=low, high=high, log=True):
-            return (high - low) / math.log(high / low)
-        case Range(low=low, high=high):
-            return (low + high) / 2
-        case tuple(choices):
-            return fmean(choices)
-        case value:
-            return float(value)
+    """Of a number, over what the arm may draw."""
+    entry = _entry(job, arm, path)
+    if isinstance(entry, Range):
+        span = entry.high - entry.low
+        return span / math.log(entry.high / entry.low) if entry.log else entry.low + span / 2
+    return fmean(entry) if isinstance(entry, tuple) else entry
 
 
 def _largest(job: Job, arm: Arm, path: str) -> float:
-    match _entry(job, arm, path):
-        case Range(high=high):
-            return high
-        case tuple(choices):
-            return max(choices)
-        case value:
-            return float(value)
+    entry = _entry(job, arm, path)
+    return entry.high if isinstance(entry, Range) else max(entry) if isinstance(entry, tuple) else entry
 
 
 def _chance(job: Job, arm: Arm, path: str, value: str) -> float:
@@ -410,14 +382,6 @@ def render_plan(job: Job, console: Console) -> None:
     share = job.search.trials // max(1, len(job.arms))
     proposers = {name: Proposer(job, name, depths, share) for name in job.arms}  # refuses what a search would refuse
     stages = stage_table(prepared.backbone, job.data.image_size)
-    console.print(_stage_table(stages))
-    console.print(_facts(_about(prepared)))
-    for name, arm in job.arms.items():
-        console.print(_text(f"\narm {name}: {arm.strategy}, {proposers[name].kind} sampler, {share:,} trials"))
-        console.print(_facts(_space(job, arm, depths)))
-    if not job.arms:
-        console.print("\nThere is nothing to search: add [arms.NAME] with a strategy and a space.")
-        return
     sizes = Sizes(
         n_train=prepared.n_train,
         n_val=len(dataset.indices("val")),
@@ -426,11 +390,18 @@ def render_plan(job: Job, console: Console) -> None:
         feature_dim=prepared.backbone.feature_dim,
         pixels_bytes=dataset.pixels.nbytes,
     )
+    console.print(_stage_table(stages), "", _facts(_about(prepared, stages, sizes)), sep="\n")
+    for name, arm in job.arms.items():
+        title = _text(f"arm {name}: {arm.strategy}, {proposers[name].kind} sampler, {share:,} trials")
+        console.print("", title, _facts(_space(job, arm, depths)), sep="\n")
+    console.print()
+    if not job.arms:
+        console.print(_text("There is nothing to search: add [arms.NAME] with a strategy and a space."))
+        return
     costs = measure(prepared)
     slots = local_slots(job.resources, os.cpu_count() or 1, torch.cuda.device_count())
     found = estimate(job, stages, sizes, costs, max(1, slots))
-    console.print(_cost_table(found), end="\n\n")
-    console.print(_facts(_grounds(job, costs, found, slots)))
+    console.print(_cost_table(found, costs.device), "", _facts(_grounds(job, costs, found, slots)), sep="\n")
 
 
 def _stage_table(stages: Sequence[StageCost]) -> Table:
@@ -445,104 +416,87 @@ def _stage_table(stages: Sequence[StageCost]) -> Table:
     for depth, stage in enumerate(stages, 1):
         frozen += stage.parameter_share
         parameters = f"{stage.parameters:,}", f"{stage.parameter_share:.1%}", f"{frozen:.1%}"
+        flops = f"{stage.flops / 1e6:,.1f}", f"{stage.flop_share:.1%}"
         kept = "-" if stage.cut_bytes is None else f"{stage.cut_bytes / 1024:,.1f}"
-        table.add_row(
-            str(depth), _text(stage.name), *parameters, f"{stage.flops / 1e6:,.1f}", f"{stage.flop_share:.1%}", kept
-        )
+        table.add_row(str(depth), _text(stage.name), *parameters, *flops, kept)
     return table
 
 
-def _about(prepared: Prepared) -> Iterator[tuple[str, str]]:
-    job, backbone, dataset = prepared.job, prepared.backbone, prepared.dataset
-    parameters = sum(parameter.numel() for parameter in backbone.module.parameters())
-    yield "", ""
+def _about(prepared: Prepared, stages: Sequence[StageCost], sizes: Sizes) -> Iterator[tuple[str, str]]:
+    data, backbone, dataset = prepared.job.data, prepared.backbone, prepared.dataset
+    drawn = f" of {len(dataset.indices('train')):,} ({data.per_class:,} a class)" if data.per_class else ""
     yield "backbone", f"{backbone.name}, weights {backbone.weights_hash}"
-    yield "", f"{parameters:,} parameters, {backbone.feature_dim:,} features"
-    yield "data", job.data.path
-    yield "", f"{len(dataset.classes):,} classes, images of {job.data.image_size} x {job.data.image_size} pixels"
-    drawn = f" of {len(dataset.indices('train')):,} ({job.data.per_class:,} a class)" if job.data.per_class else ""
-    others = f"val {len(dataset.indices('val')):,}, test {len(dataset.indices('test')):,}"
-    yield "", f"train {prepared.n_train:,}{drawn}, {others}, excluded {len(dataset.excluded):,}"
+    yield "", f"{sum(stage.parameters for stage in stages):,} parameters, {sizes.feature_dim:,} features"
+    yield "data", data.path
+    yield "", f"{sizes.classes:,} classes, images of {data.image_size} x {data.image_size} pixels"
+    counts = f"train {sizes.n_train:,}{drawn}, val {sizes.n_val:,}, test {sizes.n_test:,}"
+    yield "", f"{counts}, excluded {len(dataset.excluded):,}"
 
 
 def _space(job: Job, arm: Arm, stages: int) -> Iterator[tuple[str, str]]:
     cuts = arm_cuts(job, arm, stages)
-    head = "" if stages not in cuts else f" ({stages}: only the head trains)"
+    head = f" ({stages}: only the head trains)" if stages in cuts else ""
     yield "stages frozen", ", ".join(map(str, cuts)) + head
     for path, entry in arm.space.items():
         if path == "freeze.depth":
             continue
-        match entry:
-            case Range(low=low, high=high, log=log, step=step):
-                yield path, f"{low:g} to {high:g}" + (", log" if log else f" by {step:g}" if step else "")
-            case tuple(choices):
-                yield path, ", ".join(map(str, choices))
-            case value:
-                yield path, f"{value} (held)"
+        if isinstance(entry, Range):
+            how = ", log" if entry.log else f" by {entry.step:g}" if entry.step else ""
+            yield path, f"{entry.low:g} to {entry.high:g}{how}"
+        else:
+            yield path, ", ".join(map(str, entry)) if isinstance(entry, tuple) else f"{entry} (held)"
 
 
-def _cost_table(found: Estimate) -> Table:
+def _cost_table(found: Estimate, device: str) -> Table:
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="bold")
     for name in ("", "expected", "at most"):
-        table.add_column(f"\n{name}", justify="right" if name else "left")
-    costs = (found.expected, found.at_most)
+        table.add_column(name, justify="right" if name else "left")
     table.add_row("trials", *[f"{found.trials:,}"] * 2)
     table.add_row("confirmations", *[f"{found.confirmations:,}"] * 2)
-    table.add_row("images forward", *(_rounded(cost.images_forward) for cost in costs))
-    table.add_row("images backward", *(_rounded(cost.images_backward) for cost in costs))
-    table.add_row("device time", *(duration(cost.device_s) for cost in costs))
-    table.add_row("wall time", *(duration(cost.wall_s) for cost in costs))
+    costs, kind = (found.expected, found.at_most), "CPU" if device == "cpu" else "GPU"
+    table.add_row("images forward", *(f"{cost.images_forward:,.0f}" for cost in costs))
+    table.add_row("images backward", *(f"{cost.images_backward:,.0f}" for cost in costs))
+    times = {f"device time ({kind})": [cost.device_s for cost in costs], "wall time": [cost.wall_s for cost in costs]}
+    for name, seconds in times.items():
+        table.add_row(f"{name}, h:min:s", *(str(timedelta(seconds=round(each))) for each in seconds))
     table.add_row("disk", "", _bytes(sum(found.disk.values())))
     return table
 
 
 def _grounds(job: Job, costs: StepCosts, found: Estimate, slots: int) -> Iterator[tuple[str, str]]:
     """What the estimate stands on: what was measured, what is assumed, what is left out."""
-    pruner, cores = job.search.pruner, os.cpu_count() or 1
-    live = [cut for cut in sorted(costs.steps) if cut * costs.forward_s >= 0]
-    cuts = ", ".join(map(str, live))
-    yield (
-        "measured",
-        f"steps at freeze depth {cuts}, in batches of {costs.batch_size}, {costs.threads} thread(s), on {costs.device}",
-    )
-    if slots == 0:
-        yield "assumed", "one trial at a time, on a machine like this, which has not what resources asks for a trial"
-    else:
-        crowded = slots * costs.threads > cores and costs.device.endswith("cores)")
-        slower = f"; {slots * costs.threads} threads on {cores} cores will be slower" if crowded else ""
-        yield "assumed", f"{slots} trial(s) at once, as on this machine, none slowed by the others{slower}"
+    pruner, cores, timed = job.search.pruner, os.cpu_count() or 1, ", ".join(map(str, sorted(costs.steps)))
+    stopped = "none is stopped" + (", as no claim is made for the median rule" if pruner.kind == "median" else "")
     if pruner.kind == "halving":
-        yield "expected", f"depths drawn evenly; 1 in {pruner.factor} trials goes on at each rung"
-    else:
-        yield (
-            "expected",
-            "depths drawn evenly" + ("" if pruner.kind == "none" else "; no claim is made for median stopping"),
-        )
-    yield "at most", "every trial takes the dearest configuration of its arm, and none is stopped"
-    yield "disk", ", ".join(f"{name} {_bytes(size)}" for name, size in found.disk.items())
-    yield "left out", "the start of Ray and of its workers"
+        stopped = f"1 in {pruner.factor} goes on at each rung of the halving"
+    steps = f"steps at freeze depth {timed} (others: by share of FLOPs), {costs.batch_size} images a batch"
+    yield "measured", f"{steps}, resources.threads = {costs.threads}, on {costs.hardware}"
+    held = f"{slots}, as many as this machine holds" if slots else "1 (this machine has less than resources asks for)"
+    yield "assumed", f"trials at once: {held}; none is slowed by the others"
+    if costs.device == "cpu" and slots * costs.threads > cores:
+        yield "", f"(they will be: {slots} x {costs.threads} threads on {cores} cores; raise resources.cpus)"
+    yield "expected", f"trials spread evenly over each arm's space; {stopped}"
+    yield "at most", "each trial takes its arm's dearest freeze depth and most epochs; none is stopped"
+    yield "disk", ", ".join(f"{name} {_bytes(size)}" for name, size in found.disk.items() if name != "pixels")
+    yield "", f"in {job.folder}; pixels {_bytes(found.disk['pixels'])} in {cache_root()}, there already"
+    yield "left out", "starting Ray and its workers, and what Ray and the sampler take for each trial"
 
 
 def _facts(lines: Iterable[tuple[str, str]]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
+    for _ in range(2):
+        table.add_column(overflow="fold")
     for name, text in lines:
         table.add_row(_text(name), _text(text))
     return table
 
 
-def _rounded(count: float) -> str:
-    """Three digits of a count: `1,230`, `12,300`."""
-    return f"{float(f'{count:.3g}'):,.0f}"
-
-
-def _bytes(size: int) -> str:
+def _bytes(size: float) -> str:
     """`12 kB`, `3.4 MB`, `120 GB`."""
-    scaled, unit = next(
-        (size / scale, unit) for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= scale or unit == "kB"
-    )
-    return f"{scaled:,.{int(scaled < 10)}f} {unit}"
+    scale, unit = next(((scale, unit) for scale, unit in ((1e9, "GB"), (1e6, "MB")) if size >= scale), (1e3, "kB"))
+    return f"{size / scale:,.{int(size < 10 * scale)}f} {unit}"
 
 
 def _text(value: str) -> Text:
     """Text that neither markup nor terminal control codes can come out of."""
-    return Text("".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in value))
+    return Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in value))
