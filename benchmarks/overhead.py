@@ -34,10 +34,11 @@ def score(values: dict[str, float]) -> float:
 def ours(trials: int) -> int:
     """Run a Frostline study of trials that report once; answers the number of committed rows."""
     from frostline import results
+    from frostline.rows import describe, summarise
     from frostline.spec import configure
     from frostline.testing import toy_job
     from frostline.train import EpochRecord
-    from frostline.trial import Outcome, Report, describe, summarise
+    from frostline.trial import Outcome, Report
     from frostline.tune import TrialActor, run_tune
     from frostline.world import World
 

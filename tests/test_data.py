@@ -319,20 +319,20 @@ def test_the_splits_table_lists_all(tmp_path):
     path = parquet(tmp_path, label=[None, "dog", *["cat", "dog"] * 11], site=[str(i) for i in range(24)])
     dataset = load(path, group_column="site", on_bad="exclude")
     table = splits_table(dataset)
-    assert table.column_names == ["sample_id", "label", "group", "split", "reason"]
+    assert table.column_names == ["sample_id", "label", "group_id", "split", "reason"]
     rows = table.to_pylist()
     assert [row["sample_id"] for row in rows] == [f"d.parquet:{i}" for i in range(1, 24)] + ["d.parquet:0"]
     assert rows[0] == {
         "sample_id": "d.parquet:1",
         "label": "dog",
-        "group": "1",
+        "group_id": "1",
         "split": dataset.split[0],
         "reason": None,
     }
     assert rows[-1] == {
         "sample_id": "d.parquet:0",
         "label": None,
-        "group": None,
+        "group_id": None,
         "split": "excluded",
         "reason": "no label: null in this row",
     }

@@ -13,6 +13,7 @@ import pytest
 from frostline.cli import main
 from frostline.jobfile import load_job
 from frostline.propose import Proposer, distributions
+from frostline.results import SCHEMAS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -88,3 +89,10 @@ def test_results_are_read_without_torch_ray_and_optuna() -> None:
 def test_every_benchmark_says_how_to_run_it() -> None:
     for script in (ROOT / "benchmarks").glob("*.py"):
         assert f"python benchmarks/{script.name}" in script.read_text()
+
+
+def test_docs_describe_every_column() -> None:
+    page = (ROOT / "docs" / "results.md").read_text()
+    for table, schema in SCHEMAS.items():
+        for column in schema.names:
+            assert f"`{column}`" in page, f"{table}.{column}"

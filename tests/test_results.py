@@ -226,7 +226,7 @@ def test_what_is_not_a_study_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_splits(tmp_path: Path) -> None:
     study = make(tmp_path, [A])
     columns = {"split": ["train", "excluded"], "label": ["cat", None], "sample_id": ["a.png", "b.png"]}
-    columns |= {"group": pa.nulls(2), "reason": [None, "not an image"]}
+    columns |= {"group_id": pa.nulls(2), "reason": [None, "not an image"]}
     with pytest.raises(DamagedFile, match=r"splits\.parquet is missing"):
         read_splits(study)
     with pytest.raises(AssertionError, match="'extra'"):

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from frostline import results
 from frostline.commit import StudyBusy
 from frostline.propose import Proposer
+from frostline.rows import describe, summarise
 from frostline.spec import Job, TrialSpec
 from frostline.study import Finished, Study, StudyMismatchError, best_of, choose_finalists, differences
 from frostline.testing import toy_job
 from frostline.train import EpochRecord
-from frostline.trial import Outcome, describe, summarise
+from frostline.trial import Outcome
 from frostline.world import World
 
 FACTS = {"stages": ["stem", "block1", "block2"], "data_hash": "d", "split_hash": "s", "weights_hash": "w"}

@@ -16,9 +16,10 @@ from frostline.data import load_data, subset
 from frostline.features import FeatureStore, image_fetch
 from frostline.prepare import prepare
 from frostline.results import SCHEMAS, table_of
+from frostline.rows import failure
 from frostline.spec import Job, TrialSpec, configure, confirm_seeds, search_seeds
 from frostline.testing import toy_job
-from frostline.trial import Outcome, attempt, failure, run_trial
+from frostline.trial import Outcome, attempt, run_trial
 from frostline.world import World
 
 

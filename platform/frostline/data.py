@@ -94,18 +94,18 @@ def subset(dataset: Dataset, per_class: int | None, seed: int) -> np.ndarray:
 
 
 def splits_table(dataset: Dataset) -> pa.Table:
-    """One row a sample (sample_id, label, group, split, reason), then one for all that was excluded (split "excluded", with
+    """One row a sample (sample_id, label, group_id, split, reason), then one for all that was excluded (split "excluded", with
     its reason). `dataset.split_hash` stands for it."""
     out = len(dataset.excluded)
     return pa.table(
         {
             "sample_id": [*dataset.sample_ids, *(what for what, _ in dataset.excluded)],
             "label": [*(dataset.classes[label] for label in dataset.labels), *[None] * out],
-            "group": [*(dataset.groups or [None] * len(dataset.labels)), *[None] * out],
+            "group_id": [*(dataset.groups or [None] * len(dataset.labels)), *[None] * out],
             "split": [*dataset.split.tolist(), *["excluded"] * out],
             "reason": [*[None] * len(dataset.labels), *(reason for _, reason in dataset.excluded)],
         },
-        schema=pa.schema([(name, pa.string()) for name in ("sample_id", "label", "group", "split", "reason")]),
+        schema=pa.schema([(name, pa.string()) for name in ("sample_id", "label", "group_id", "split", "reason")]),
     )
 
 

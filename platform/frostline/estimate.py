@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from optuna.distributions import CategoricalDistribution
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from frostline.backbone import stage_table
@@ -39,8 +39,9 @@ from frostline.train import Batches, Seeding, predict, train_epochs
 from frostline.world import World, autocast_dtype, hardware
 
 TIMING_S = 6.0  # what the timed steps may take on a CPU; batches shrink to fit
-PART_BYTES, TRIAL_BYTES, EPOCH_BYTES = 42_000, 400, 80  # measured: Parquet files of a commit, and what a row adds
-PREDICTION_BYTES, SAMPLE_BYTES = 40, 20  # measured: a row without its probabilities, and one of the splits
+PART_BYTES = 42_000  # measured, as are the next: the Parquet files of a commit
+TRIAL_BYTES, EPOCH_BYTES, SAMPLE_BYTES = 400, 80, 20  # what a row adds to them, and to the splits
+PREDICTION_BYTES, BUNDLE_BYTES = 40, 8_000  # without the probabilities, without the tensors
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,6 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole search."""
-
     images_forward: float
     images_backward: float
     device_s: float
@@ -113,10 +112,10 @@ def measure(prepared: Prepared) -> StepCosts:
     cuts = cuts_to_time({cut for arm in arms for cut in arm_cuts(job, arm, last)}, last)
     wanted = min(round(fmean(_mean(job, arm, "train.batch_size") for arm in arms)), prepared.n_train)
     head = Head(hidden=round(fmean(_mean(job, arm, "head.hidden") for arm in arms)))
-    shrink, live = device.type == "cpu", sum(cut < last for cut in cuts)
-    rough_s = _forward_seconds(prepared, 2, device)
-    batch = affordable_batch(wanted, rough_s, live) if shrink else wanted
-    passed = affordable_batch(EVAL_BATCH, rough_s, live) if shrink else EVAL_BATCH
+    batch, passed = wanted, EVAL_BATCH
+    if device.type == "cpu":
+        rough_s, live = _forward_seconds(prepared, 2, device), sum(cut < last for cut in cuts)
+        batch, passed = (affordable_batch(size, rough_s, live) for size in (wanted, EVAL_BATCH))
     timed = {cut: _step_seconds(prepared, cut, head, wanted if cut == last else batch, device) for cut in cuts}
     probed = any(_chance(job, arm, "head.init", "probe") for arm in arms)
     return StepCosts(
@@ -133,18 +132,18 @@ def measure(prepared: Prepared) -> StepCosts:
 
 def _step_seconds(prepared: Prepared, cut: int, head: Head, batch: int, device: torch.device) -> tuple[float, float]:
     """Seconds per image of a training step at a cut, and seconds per trial before its first step."""
-    job, backbone, dataset = prepared.job, prepared.backbone, prepared.dataset
-    head_only = cut == len(backbone.stages)
+    job, backbone, head_only = prepared.job, prepared.backbone, cut == len(prepared.backbone.stages)
     started = time.perf_counter()
     network = _network(prepared, head, device)
-    freeze = Freeze(strategy="freeze_depth", depth=cut, norm=job.freeze.norm)
-    applied = apply_plan(compile_plan(freeze, backbone.stages), network, backbone)
+    plan = compile_plan(Freeze(strategy="freeze_depth", depth=cut, norm=job.freeze.norm), backbone.stages)
+    applied = apply_plan(plan, network, backbone)
     for _ in range(2):  # a trial's audit, before and after
         fixed_hash(network, applied)
     start_s = time.perf_counter() - started
 
-    samples = dataset.indices("train")[: 8 * batch if head_only else batch]  # steps of a head are too short to time one
-    fetch = image_fetch(backbone, dataset, device)
+    count = 8 * batch if head_only else batch  # steps of a head are too short to time one
+    samples = prepared.dataset.indices("train")[:count]
+    fetch = image_fetch(backbone, prepared.dataset, device)
     if head_only:
         fetch = feature_fetch(torch.rand(len(samples), backbone.feature_dim, device=device), samples)
     _, *records = train_epochs(
@@ -335,7 +334,7 @@ def _disk(
     return {
         "rows": int(rows + SAMPLE_BYTES * (sizes.n_train + sizes.n_val + sizes.n_test)),
         "predictions": confirmations * sizes.n_test * (4 * sizes.classes + PREDICTION_BYTES),
-        "bundle": int(4 * weights) if confirmations else 0,
+        "bundle": int(4 * weights) + BUNDLE_BYTES if confirmations else 0,
         "pixels": sizes.pixels_bytes,
     }
 
@@ -435,8 +434,7 @@ def _about(prepared: Prepared, stages: Sequence[StageCost], sizes: Sizes) -> Ite
 
 def _space(job: Job, arm: Arm, stages: int) -> Iterator[tuple[str, str]]:
     cuts = arm_cuts(job, arm, stages)
-    head = f" ({stages}: only the head trains)" if stages in cuts else ""
-    yield "stages frozen", ", ".join(map(str, cuts)) + head
+    yield "stages frozen", ", ".join(map(str, cuts)) + f" ({stages}: only the head trains)" * (stages in cuts)
     for path, entry in arm.space.items():
         if path == "freeze.depth":
             continue
@@ -483,9 +481,7 @@ def _grounds(job: Job, costs: StepCosts, found: Estimate, slots: int) -> Iterato
 
 
 def _facts(lines: Iterable[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for _ in range(2):
-        table.add_column(overflow="fold")
+    table = Table.grid(Column(overflow="fold"), Column(overflow="fold"), padding=(0, 2, 0, 0))
     for name, text in lines:
         table.add_row(_text(name), _text(text))
     return table

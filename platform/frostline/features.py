@@ -68,9 +68,8 @@ def image_fetch(backbone: Backbone, dataset: Dataset, device: torch.device) -> F
 
 
 def feature_fetch(table: Tensor, samples: np.ndarray) -> Fetch:
-    """Read samples as rows of their (n, D) features."""
-    rows = {int(sample): row for row, sample in enumerate(samples)}
-    return lambda wanted: table[[rows[int(sample)] for sample in wanted]]
+    """Read samples as rows of the (n, D) features of `samples`, which are sorted."""
+    return lambda wanted: table[torch.from_numpy(np.searchsorted(samples, wanted)).to(table.device)]
 
 
 def chunks(samples: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -101,7 +101,7 @@ SCHEMAS = {
         json    sampler
     """),
     "splits": _schema("""
-        text    sample_id label group split reason
+        text    sample_id label group_id split reason
     """),
 }
 """Table -> its columns, the one place where they are defined."""

@@ -1,0 +1,175 @@
+"""The columns of a trial's row: what it was, what it ran on, how it went, what it cost."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+
+from frostline.backbone import Backbone, BackboneError
+from frostline.data import DataError, Dataset
+from frostline.freeze import Applied, FreezeError, Network, stage_rates
+from frostline.metrics import probabilities, scores
+from frostline.spec import Train, TrialSpec
+from frostline.train import Batches, EpochRecord, NonFiniteError
+from frostline.world import World, hardware, peak_mib, reset_peak, versions
+
+
+def describe(spec: TrialSpec, world: World) -> dict[str, Any]:
+    """The columns that are known before a trial has begun."""
+    config = spec.config
+    return {
+        "trial_id": spec.trial_id,
+        "arm": spec.arm,
+        "number": spec.number,
+        "round": spec.round,
+        "strategy": config.freeze.strategy,
+        "config_id": config.id,
+        "spec": spec.model_dump_json(),
+        "seed": spec.seed,
+        "seeds": spec.seeds.model_dump_json(),
+        "norm": config.freeze.norm,
+        "layer_decay": config.freeze.layer_decay,
+        "head_hidden": config.head.hidden,
+        "head_dropout": config.head.dropout,
+        "head_init": config.head.init,
+        "optimizer": config.train.optimizer,
+        "lr": config.train.lr,
+        "head_lr": config.train.head_lr,
+        "weight_decay": config.train.weight_decay,
+        "batch_size": config.train.batch_size,
+        "epochs_asked": config.train.epochs,
+        "device": str(world.device),
+        "threads": spec.resources.threads,
+        "node": world.node,
+        "hardware": hardware(world.device),
+        "versions": json.dumps(versions()),
+        "started_at": datetime.now(UTC),
+    }
+
+
+def describe_data(dataset: Dataset, train: Batches, val: Batches) -> dict[str, Any]:
+    """The columns that say what the trial was trained and scored on."""
+    return {
+        "data_hash": dataset.data_hash,
+        "split_hash": dataset.split_hash,
+        "n_train": len(train.samples),
+        "n_val": len(val.samples),
+    }
+
+
+def describe_network(network: Network, applied: Applied, backbone: Backbone, cut: int, config: Train) -> dict[str, Any]:
+    """The columns that say what of the network trained; to be called when its freeze audit has passed."""
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    return {
+        "freeze_depth": cut,
+        "freeze_fraction": cut / len(backbone.stages),
+        "stages": len(backbone.stages),
+        "stages_hash": backbone.stages_hash,
+        "weights_hash": backbone.weights_hash,
+        "total_params": sum(sizes.values()),
+        "trainable_params": sum(size for name, size in sizes.items() if name in applied.trained),
+        "applied_lrs": json.dumps(stage_rates(applied, backbone.stages, config.lr, config.head_lr)),
+        "audit": "passed",
+    }
+
+
+def summarise(spec: TrialSpec, records: Sequence[EpochRecord], status: str) -> dict[str, Any]:
+    """The columns that follow from a trial's epochs. The score is the last epoch's, and null unless complete."""
+    row: dict[str, Any] = {"status": status, "epochs": len(records), "val_score": None}
+    if records:
+        pick = max if spec.objective.mode == "max" else min
+        best, last = pick(records, key=lambda record: record.val_score), records[-1]
+        row |= {"last_score": last.val_score, "best_epoch_score": best.val_score, "best_epoch": best.epoch}
+        row |= {"val_nll": last.val["nll"]}
+        if status == "complete":
+            row["val_score"] = last.val_score
+    if status == "pruned":
+        row["reason"] = f"stopped after epoch {len(records)} of {spec.config.train.epochs}"
+    return row
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """The columns that say why a trial failed."""
+    kinds = {
+        "oom": isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error),
+        "non_finite": isinstance(error, NonFiniteError),
+        "audit": isinstance(error, FreezeError),
+        "data": isinstance(error, DataError),
+        "user_error": isinstance(error, BackboneError | ValueError),
+    }
+    lines = "".join(traceback.format_exception(error)).strip().splitlines()
+    return {
+        "error_kind": next((kind for kind, fits in kinds.items() if fits), "internal"),
+        "reason": f"{type(error).__name__}: {error}"[:500],
+        "error": "\n".join(lines[-12:]),
+        "audit": str(error)[:500] if isinstance(error, FreezeError) else None,
+    }
+
+
+def score_on_test(spec: TrialSpec, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """The columns of a confirmation's scores on test."""
+    found = scores(logits, labels)
+    named = {f"test_{name}": value for name, value in found.items()}
+    return {**named, "test_score": found[spec.objective.metric], "n_test": len(labels)}
+
+
+def prediction_rows(spec: TrialSpec, logits: np.ndarray, dataset: Dataset, samples: np.ndarray) -> list[dict[str, Any]]:
+    """Rows of the predictions table for (n, classes) logits of these samples."""
+    likely = probabilities(logits)
+    return [
+        {
+            "trial_id": spec.trial_id,
+            "sample_id": dataset.sample_ids[sample],
+            "label": int(dataset.labels[sample]),
+            "predicted": int(logits[row].argmax()),
+            "probabilities": likely[row],
+        }
+        for row, sample in enumerate(samples)
+    ]
+
+
+@dataclass
+class Cost:
+    """What a trial takes: wall time by part, passes through the backbone, peak memory. Measured from its making."""
+
+    device: torch.device
+    passes_before: int
+    started: float = field(default_factory=time.perf_counter)
+    laps: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        reset_peak(self.device)
+
+    def lap(self, part: str) -> None:
+        """The time since the last lap belongs to this part."""
+        self.laps[part] = self.seconds() - sum(self.laps.values())
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def columns(self, records: Sequence[EpochRecord], row: dict[str, Any], passes: int) -> dict[str, Any]:
+        """The columns of cost, at the end of a trial with this row; `passes` through the backbone for features by now."""
+        scoring = sum(record.eval_seconds for record in records)
+        live = row["inputs"] == "images"
+        backward = live * len(records) * row["n_train"]
+        scored = live * (len(records) * row["n_val"] + row.get("n_test", 0))
+        return {
+            "seconds": self.seconds(),
+            "device_s": self.seconds(),
+            "seconds_data": self.laps["data"],
+            "seconds_features": self.laps["features"],
+            "seconds_train": self.laps["train"] - scoring,
+            "seconds_eval": self.laps.get("eval", 0.0) + scoring,
+            "images_forward": passes - self.passes_before + backward + scored,
+            "images_backward": backward,
+            "peak_mib": peak_mib(self.device),
+            "finished_at": datetime.now(UTC),
+        }
