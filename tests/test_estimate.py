@@ -32,9 +32,9 @@ from frostline.estimate import (
     expected_epochs,
     local_slots,
     measure,
-    render_plan,
     step_seconds,
 )
+from frostline.plan import render_plan
 from frostline.prepare import prepare
 from frostline.propose import SpaceError
 from frostline.spec import Job, Pruner, Resources

@@ -101,7 +101,7 @@ def _search(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from frostline.estimate import render_plan
+    from frostline.plan import render_plan
 
     render_plan(load_job(arguments.job, arguments.overrides), _stdout())
     return 0

@@ -1,18 +1,16 @@
 """What a search would run and what it would cost, said before anything is spent.
 
 Measuring and deciding are separate: `measure` times a few training steps on this machine, `estimate` is a pure function
-of the job, those times and the sizes of data and backbone, and `render_plan` prints both.
+of the job, those times and the sizes of data and backbone. `plan` prints both.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from operator import itemgetter
 from statistics import fmean
 from typing import Any
@@ -20,18 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from optuna.distributions import CategoricalDistribution
-from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
 
-from frostline.backbone import stage_table
 from frostline.features import EVAL_BATCH, Fetch, feature_fetch, image_fetch
 from frostline.freeze import Network, apply_plan, compile_plan, fixed_hash
 from frostline.head import build_head, set_probe
-from frostline.pixels import cache_root
-from frostline.prepare import Prepared, prepare
-from frostline.progress import Progress
-from frostline.propose import Proposer, distributions
+from frostline.prepare import Prepared
+from frostline.propose import distributions
 from frostline.spec import Arm, Freeze, Head, Job, Pruner, Range, Resources, depth_of
 from frostline.stages import StageCost
 from frostline.study import COMMIT_ROWS, COMMIT_SECONDS
@@ -367,132 +359,3 @@ def _chance(job: Job, arm: Arm, path: str, value: str) -> float:
 
 
 # --- showing ---
-
-
-def render_plan(job: Job, console: Console) -> None:
-    """Print what a search of `job` would run and cost; 100 columns suffice.
-
-    Decodes the data into the cache, loads the backbone and times a few steps. Raises a ValueError where a search would.
-    """
-    with Progress(Console(stderr=True)) as progress:
-        prepared = prepare(job, progress.decoding)
-    job, dataset, depths = prepared.job, prepared.dataset, len(prepared.backbone.stages)
-    assert job.data.image_size is not None
-    share = job.search.trials // max(1, len(job.arms))
-    proposers = {name: Proposer(job, name, depths, share) for name in job.arms}  # refuses what a search would refuse
-    stages = stage_table(prepared.backbone, job.data.image_size)
-    sizes = Sizes(
-        n_train=prepared.n_train,
-        n_val=len(dataset.indices("val")),
-        n_test=len(dataset.indices("test")),
-        classes=len(dataset.classes),
-        feature_dim=prepared.backbone.feature_dim,
-        pixels_bytes=dataset.pixels.nbytes,
-    )
-    console.print(_stage_table(stages), "", _facts(_about(prepared, stages, sizes)), sep="\n")
-    for name, arm in job.arms.items():
-        title = _text(f"arm {name}: {arm.strategy}, {proposers[name].kind} sampler, {share:,} trials")
-        console.print("", title, _facts(_space(job, arm, depths)), sep="\n")
-    console.print()
-    if not job.arms:
-        console.print(_text("There is nothing to search: add [arms.NAME] with a strategy and a space."))
-        return
-    costs = measure(prepared)
-    slots = local_slots(job.resources, os.cpu_count() or 1, torch.cuda.device_count())
-    found = estimate(job, stages, sizes, costs, max(1, slots))
-    console.print(_cost_table(found, costs.device), "", _facts(_grounds(job, costs, found, slots)), sep="\n")
-
-
-def _stage_table(stages: Sequence[StageCost]) -> Table:
-    """A line a stage, under the freeze depth that freezes it last."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for name in ("freeze\ndepth", "last\nfrozen stage", "para-\nmeters", "\nshare", "frozen\nshare"):
-        table.add_column(name, justify="left" if "stage" in name else "right", overflow="fold")
-    for name in ("MFLOPs\nan image", "\nshare", "KiB an image\nat the cut"):
-        table.add_column(name, justify="right")
-    table.add_row("0", "none", "", "", "0.0%", "", "", "")
-    frozen = 0.0
-    for depth, stage in enumerate(stages, 1):
-        frozen += stage.parameter_share
-        parameters = f"{stage.parameters:,}", f"{stage.parameter_share:.1%}", f"{frozen:.1%}"
-        flops = f"{stage.flops / 1e6:,.1f}", f"{stage.flop_share:.1%}"
-        kept = "-" if stage.cut_bytes is None else f"{stage.cut_bytes / 1024:,.1f}"
-        table.add_row(str(depth), _text(stage.name), *parameters, *flops, kept)
-    return table
-
-
-def _about(prepared: Prepared, stages: Sequence[StageCost], sizes: Sizes) -> Iterator[tuple[str, str]]:
-    data, backbone, dataset = prepared.job.data, prepared.backbone, prepared.dataset
-    drawn = f" of {len(dataset.indices('train')):,} ({data.per_class:,} a class)" if data.per_class else ""
-    yield "backbone", f"{backbone.name}, weights {backbone.weights_hash}"
-    yield "", f"{sum(stage.parameters for stage in stages):,} parameters, {sizes.feature_dim:,} features"
-    yield "data", data.path
-    yield "", f"{sizes.classes:,} classes, images of {data.image_size} x {data.image_size} pixels"
-    counts = f"train {sizes.n_train:,}{drawn}, val {sizes.n_val:,}, test {sizes.n_test:,}"
-    yield "", f"{counts}, excluded {len(dataset.excluded):,}"
-
-
-def _space(job: Job, arm: Arm, stages: int) -> Iterator[tuple[str, str]]:
-    cuts = arm_cuts(job, arm, stages)
-    yield "stages frozen", ", ".join(map(str, cuts)) + f" ({stages}: only the head trains)" * (stages in cuts)
-    for path, entry in arm.space.items():
-        if path == "freeze.depth":
-            continue
-        if isinstance(entry, Range):
-            how = ", log" if entry.log else f" by {entry.step:g}" if entry.step else ""
-            yield path, f"{entry.low:g} to {entry.high:g}{how}"
-        else:
-            yield path, ", ".join(map(str, entry)) if isinstance(entry, tuple) else f"{entry} (held)"
-
-
-def _cost_table(found: Estimate, device: str) -> Table:
-    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="bold")
-    for name in ("", "expected", "at most"):
-        table.add_column(name, justify="right" if name else "left")
-    table.add_row("trials", *[f"{found.trials:,}"] * 2)
-    table.add_row("confirmations", *[f"{found.confirmations:,}"] * 2)
-    costs, kind = (found.expected, found.at_most), "CPU" if device == "cpu" else "GPU"
-    table.add_row("images forward", *(f"{cost.images_forward:,.0f}" for cost in costs))
-    table.add_row("images backward", *(f"{cost.images_backward:,.0f}" for cost in costs))
-    times = {f"device time ({kind})": [cost.device_s for cost in costs], "wall time": [cost.wall_s for cost in costs]}
-    for name, seconds in times.items():
-        table.add_row(f"{name}, h:min:s", *(str(timedelta(seconds=round(each))) for each in seconds))
-    table.add_row("disk", "", _bytes(sum(found.disk.values())))
-    return table
-
-
-def _grounds(job: Job, costs: StepCosts, found: Estimate, slots: int) -> Iterator[tuple[str, str]]:
-    """What the estimate stands on: what was measured, what is assumed, what is left out."""
-    pruner, cores, timed = job.search.pruner, os.cpu_count() or 1, ", ".join(map(str, sorted(costs.steps)))
-    stopped = "none is stopped" + (", as no claim is made for the median rule" if pruner.kind == "median" else "")
-    if pruner.kind == "halving":
-        stopped = f"1 in {pruner.factor} goes on at each rung of the halving"
-    steps = f"steps at freeze depth {timed} (others: by share of FLOPs), {costs.batch_size} images a batch"
-    yield "measured", f"{steps}, resources.threads = {costs.threads}, on {costs.hardware}"
-    held = f"{slots}, as many as this machine holds" if slots else "1 (this machine has less than resources asks for)"
-    yield "assumed", f"trials at once: {held}; none is slowed by the others"
-    if costs.device == "cpu" and slots * costs.threads > cores:
-        yield "", f"(they will be: {slots} x {costs.threads} threads on {cores} cores; raise resources.cpus)"
-    yield "expected", f"trials spread evenly over each arm's space; {stopped}"
-    yield "at most", "each trial takes its arm's dearest freeze depth and most epochs; none is stopped"
-    yield "disk", ", ".join(f"{name} {_bytes(size)}" for name, size in found.disk.items() if name != "pixels")
-    yield "", f"in {job.folder}; pixels {_bytes(found.disk['pixels'])} in {cache_root()}, there already"
-    yield "left out", "starting Ray and its workers, and what Ray and the sampler take for each trial"
-
-
-def _facts(lines: Iterable[tuple[str, str]]) -> Table:
-    table = Table.grid(Column(overflow="fold"), Column(overflow="fold"), padding=(0, 2, 0, 0))
-    for name, text in lines:
-        table.add_row(_text(name), _text(text))
-    return table
-
-
-def _bytes(size: float) -> str:
-    """`12 kB`, `3.4 MB`, `120 GB`."""
-    scale, unit = next(((scale, unit) for scale, unit in ((1e9, "GB"), (1e6, "MB")) if size >= scale), (1e3, "kB"))
-    return f"{size / scale:,.{int(size < 10 * scale)}f} {unit}"
-
-
-def _text(value: str) -> Text:
-    """Text that neither markup nor terminal control codes can come out of."""
-    return Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in value))

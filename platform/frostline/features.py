@@ -36,7 +36,7 @@ class FeatureStore:
         self, backbone: Backbone, module: nn.Module, dataset: Dataset, samples: np.ndarray, device: torch.device
     ) -> Tensor:
         """(n, D) float32 pooled features of these samples under `module`, a copy on `device` of the pretrained backbone."""
-        chosen = hashlib.sha256(np.ascontiguousarray(samples)).hexdigest()
+        chosen = hashlib.sha256(samples.tobytes()).hexdigest()
         network = f"{backbone.name}/{backbone.source_hash}/{backbone.weights_hash}/{backbone.stages_hash}"
         key = f"{network}/{dataset.data_hash}/{dataset.pixels_hash}/{device}/{chosen}"
         if key not in self._kept:

@@ -65,7 +65,7 @@ class Sobol(optuna.samplers.QMCSampler):
 class Grid(optuna.samplers.GridSampler):
     """Optuna's grid, without its call to stop an optimize loop, which ask and tell do not have."""
 
-    def after_trial(self, *args: Any) -> None:
+    def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
         pass
 
 
@@ -166,8 +166,7 @@ class Proposer:
                 return optuna.samplers.RandomSampler(seed=this_ask)
             case "qmc":
                 return Sobol(self.space, whole_arm)
-            case "grid":
-                return Grid(self.grid, seed=whole_arm)
+        return Grid(self.grid, seed=whole_arm)
 
 
 def build_pruner(pruner: Pruner) -> optuna.pruners.BasePruner:

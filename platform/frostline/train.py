@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -199,21 +199,27 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        torch._foreach_lerp_(self.mean, self.live, 1 - min(self.decay, (1 + step) / (10 + step)))
+        """Take in the weights after `step` (from 0)."""
+        keep = min(self.decay, (1 + step) / (10 + step))
+        for mean, live in zip(self.mean, self.live, strict=True):
+            mean.lerp_(live, 1 - keep)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Within the block the network holds the averages."""
-        kept = [p.detach().clone() for p in self.live]
+        kept = [live.detach().clone() for live in self.live]
         self.keep()
         yield
-        with torch.no_grad():
-            torch._foreach_copy_(self.live, kept)
+        self._put(kept)
 
-    @torch.no_grad()
     def keep(self) -> None:
         """Put the averages into the network for good."""
-        torch._foreach_copy_(self.live, self.mean)
+        self._put(self.mean)
+
+    @torch.no_grad()
+    def _put(self, values: Sequence[Tensor]) -> None:
+        for live, value in zip(self.live, values, strict=True):
+            live.copy_(value)
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

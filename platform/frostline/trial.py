@@ -26,8 +26,8 @@ from frostline.rows import (
     describe_network,
     failure,
     prediction_rows,
-    summarise,
     score_on_test,
+    summarise,
 )
 from frostline.spec import TrialSpec
 from frostline.train import Batches, EpochRecord, Seeding, predict, recalibrate, train_epochs
@@ -60,7 +60,7 @@ def run_trial(spec: TrialSpec, *, store: FeatureStore, world: World, report: Rep
     plan = compile_plan(config.freeze, backbone.stages)
     head_only = plan.cut == len(backbone.stages)
     head = build_head(config.head, backbone.feature_dim, len(dataset.classes), spec.seeds.head)
-    network = Network(copy.deepcopy(backbone.module), head).to(device, memory_format=torch.channels_last)
+    network = Network(copy.deepcopy(backbone.module), head).to(device).to(memory_format=torch.channels_last)
     applied = apply_plan(plan, network, backbone)
 
     def features(samples: np.ndarray) -> Tensor:

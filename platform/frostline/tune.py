@@ -32,7 +32,6 @@ from ray.exceptions import AuthenticationError, RayTaskError
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import frostline
 from frostline.features import FeatureStore
 from frostline.spec import Job, Resources, TrialSpec
 from frostline.study import Snapshot, Study
@@ -95,7 +94,7 @@ class StudySearcher(Searcher):
         self.study = study
         self.trial_ids: dict[str, str] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         spec, done = ray.get(self.study.ask.remote())
         if spec is None:
             return Searcher.FINISHED if done else None
@@ -156,8 +155,7 @@ def run_tune(
         gpus = gpus_of_a_trial(job.resources)
         slots = concurrency(job.resources.cpus, gpus, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(num_cpus=0)(StudyActor).options(scheduling_strategy=here)
-        study = actor.remote()
+        study: Any = ray.remote(num_cpus=0)(StudyActor).options(scheduling_strategy=here).remote()
         try:
             show(ray.get(study.open.remote(job, facts, splits, dict(who))))
         except RayTaskError as error:
@@ -184,7 +182,7 @@ def run_tune(
                     ),
                 ).fit()
         finally:
-            last = ray.get(study.close.remote())
+            last: Any = ray.get(study.close.remote())
         show(last)
         return last
 
@@ -222,7 +220,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         ray.init(include_dashboard=False, **options)
     else:
         try:
-            ray.init(address, runtime_env={"py_modules": [str(Path(frostline.__file__).parent)]}, **options)
+            ray.init(address, runtime_env={"py_modules": [str(Path(__file__).parent)]}, **options)
         except (ConnectionError, AuthenticationError) as error:
             raise ClusterError(
                 f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}. If there is one, it may want a "
