@@ -63,7 +63,7 @@ def ours(trials: int) -> int:
         )
         assert configure(job, job.arms["freeze"], {"freeze.depth": 1})
         facts = {"stages": [str(stage) for stage in range(DEPTHS)]}
-        run_tune(job, facts, results.empty("splits"), who={}, show=lambda _: None, trainable=Trivial)
+        run_tune(job, facts, results.SCHEMAS["splits"].empty_table(), who={}, show=lambda _: None, trainable=Trivial)
         return results.read_trials(job.folder).num_rows
 
 

@@ -93,15 +93,14 @@ class Study:
     """One search in one folder. Raises StudyBusy, StudyMismatchError or SpaceError when it cannot be opened."""
 
     def __init__(self, job: Job, facts: Mapping[str, Any], splits: pa.Table, *, who: Mapping[str, Any]) -> None:
-        self.job, self.folder = job, job.folder
+        self.job, self.folder, self.mode = job, job.folder, job.objective.mode or "max"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lease = _take_lease(self.folder, who)
         try:
             clean(self.folder)
             _record_job(self.folder, job, facts, splits)
-            share = job.search.trials // len(job.arms)
-            self.budget = dict.fromkeys(job.arms, share)
-            self.proposers = {name: Proposer(job, name, len(facts["stages"]), share) for name in job.arms}
+            self.share = job.search.trials // len(job.arms)
+            self.proposers = {name: Proposer(job, name, len(facts["stages"]), self.share) for name in job.arms}
             self.finished: list[Finished] = []
             self.running: dict[str, Running] = {}
             self.again: deque[Running] = deque()
@@ -111,7 +110,6 @@ class Study:
             self.sending: dict[str, list[dict[str, Any]]] | None = None
             self.opened = self.committed = time.monotonic()
             self._restore()
-            self.found = len(self.finished)
         except BaseException:
             self.lease.release()
             raise
@@ -156,7 +154,7 @@ class Study:
         self.pending["predictions"] += outcome.predictions
         done = remember(row)
         self.finished.append(done)
-        if outcome.bundle and done == self._best_confirmed():
+        if outcome.bundle and done == best_of(self._confirmed(), self.mode):
             publish_folder(self.folder / "bundle", outcome.bundle)
         self.commit_if_due()
 
@@ -169,8 +167,10 @@ class Study:
         """Where the study stands; commits what is due."""
         self.commit_if_due()
         search = [trial for trial in self.finished if trial.round == "search"]
-        confirmed = [trial for trial in self.finished if trial.round == "confirm"]
-        to_confirm = self.job.confirm.seeds * (1 if self.job.confirm.finalists == "best" else len(self.job.arms))
+        confirmed = self._confirmed()
+        to_confirm = len(self._confirmations())
+        if len(search) < self.job.search.trials:
+            to_confirm = self.job.confirm.seeds * (1 if self.job.confirm.finalists == "best" else len(self.job.arms))
         statuses = Counter(trial.status for trial in self.finished)
         return Snapshot(
             done=len(search),
@@ -181,7 +181,7 @@ class Study:
             confirmed=len(confirmed),
             confirmed_complete=sum(trial.status == "complete" for trial in confirmed),
             to_confirm=to_confirm,
-            best=best_of(search, self.job.objective.mode or "max"),
+            best=best_of(search, self.mode),
             elapsed_s=time.monotonic() - self.opened,
             left_s=self._seconds_left(to_confirm - len(confirmed)),
             latest=self.finished[-1] if self.finished else None,
@@ -225,10 +225,10 @@ class Study:
     # --- what comes next ---
 
     def _search_left(self) -> int:
-        return sum(max(0, self.budget[name] - proposer.asked) for name, proposer in self.proposers.items())
+        return sum(max(0, self.share - proposer.asked) for proposer in self.proposers.values())
 
     def _next_search(self) -> Running | None:
-        open_arms = [name for name, proposer in self.proposers.items() if proposer.asked < self.budget[name]]
+        open_arms = [name for name, proposer in self.proposers.items() if proposer.asked < self.share]
         if not open_arms:
             return None
         name = min(open_arms, key=lambda name: self.proposers[name].asked)
@@ -265,10 +265,10 @@ class Study:
         missing = self._to_confirm()
         if not missing:
             return None
-        finalist, index = missing[0]
+        finalist, index = self._confirmations()[missing[0]]
         seed, seeds = confirm_seeds(self.job, index)
         spec = TrialSpec(
-            trial_id=_confirm_id(finalist, index),
+            trial_id=missing[0],
             arm=finalist.arm,
             number=finalist.number,
             round="confirm",
@@ -290,22 +290,27 @@ class Study:
             "resources": job.resources,
         }
 
-    def _to_confirm(self) -> list[tuple[Finished, int]]:
-        """The confirmations that have neither been run nor begun: (finalist, number of the seed)."""
+    def _confirmations(self) -> dict[str, tuple[Finished, int]]:
+        """Trial id of every confirmation -> its finalist and the number of its seed; none before the search has ended."""
         search = [trial for trial in self.finished if trial.round == "search"]
         if len(search) < self.job.search.trials:
-            return []
-        begun = {trial.trial_id for trial in self.finished} | set(self.running)
-        wanted = [
-            (finalist, index)
-            for finalist in choose_finalists(search, self.job.confirm.finalists, self.job.objective.mode or "max")
+            return {}
+        finalists = choose_finalists(search, self.job.confirm.finalists, self.mode)
+        return {
+            f"{finalist.trial_id}-c{index}": (finalist, index)
+            for finalist in finalists
             for index in range(self.job.confirm.seeds)
-        ]
-        return [(finalist, index) for finalist, index in wanted if _confirm_id(finalist, index) not in begun]
+        }
 
-    def _best_confirmed(self) -> Finished | None:
-        confirmed = [trial for trial in self.finished if trial.round == "confirm"]
-        return best_of(confirmed, self.job.objective.mode or "max")
+    def _confirmed(self) -> list[Finished]:
+        """The confirmations that have ended; those of a finalist that a longer search has replaced do not count."""
+        wanted = self._confirmations()
+        return [trial for trial in self.finished if trial.trial_id in wanted]
+
+    def _to_confirm(self) -> list[str]:
+        """The confirmations that have not begun."""
+        begun = {trial.trial_id for trial in self.finished} | set(self.running)
+        return [trial_id for trial_id in self._confirmations() if trial_id not in begun]
 
     def _seconds_left(self, to_confirm: int) -> float | None:
         search = [trial.seconds for trial in self.finished if trial.round == "search"]
@@ -451,10 +456,6 @@ def _epoch_row(trial_id: str, record: EpochRecord, seq: int, stop: bool) -> dict
 
 def _no_rows() -> dict[str, list[dict[str, Any]]]:
     return {name: [] for name in results.TABLES}
-
-
-def _confirm_id(finalist: Finished, index: int) -> str:
-    return f"{finalist.trial_id}-c{index}"
 
 
 def _mean(values: Sequence[float]) -> float:
