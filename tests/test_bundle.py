@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import frostline
 from frostline import results
 from frostline.bundle import BundleError, load_bundle
-from frostline.commit import verify_folder
+from frostline.commit import publish_folder, verify_folder
 from frostline.spec import TrialSpec
 from frostline.testing import toy_job
 
@@ -68,12 +69,21 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_bundle_of_another_backbone_is_refused(study: Path, tmp_path: Path) -> None:
-    for name in ("model.safetensors", "bundle.json"):
-        (tmp_path / name).write_bytes((study / "bundle" / name).read_bytes())
-    about = json.loads((tmp_path / "bundle.json").read_text())
-    (tmp_path / "bundle.json").write_text(json.dumps({**about, "weights_hash": "0" * 16}))
-    with pytest.raises(BundleError, match="made on a backbone with weights 0000000000000000, but python:"):
-        load_bundle(tmp_path)
-    (tmp_path / "bundle.json").write_text(json.dumps({**about, "format": 99}))
-    with pytest.raises(BundleError, match="bundle format 99, and this version reads format 1"):
-        load_bundle(tmp_path)
+    files = {path.name: path.read_bytes() for path in (study / "bundle").iterdir() if path.name != "manifest.json"}
+    about = json.loads(files["bundle.json"])
+    for changed, said in (
+        ({"weights_hash": "0" * 16}, "made on a backbone with weights 0000000000000000, but python:"),
+        ({"format": 99}, "bundle format 99, and this version reads format 1"),
+    ):
+        publish_folder(tmp_path / "bundle", {**files, "bundle.json": json.dumps({**about, **changed}).encode()})
+        with pytest.raises(BundleError, match=said):
+            load_bundle(tmp_path / "bundle")
+
+
+def test_a_flipped_bit_is_noticed(study: Path, tmp_path: Path) -> None:
+    shutil.copytree(study / "bundle", tmp_path / "bundle")
+    weights = bytearray((tmp_path / "bundle" / "model.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (tmp_path / "bundle" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(BundleError, match="its SHA-256 is not the manifest's"):
+        load_bundle(tmp_path / "bundle")

@@ -244,7 +244,9 @@ def test_more_trials_extend_a_study(study_folder: Path) -> None:
 
 
 def test_another_job_is_told_what_differs(study_folder: Path) -> None:
-    open_study(toy_job(study_folder)).close()
+    study = open_study(toy_job(study_folder))
+    run_one(study, study.ask())
+    study.close()
     with pytest.raises(StudyMismatchError) as refused:
         open_study(toy_job(study_folder, ["train.epochs=4", "search.trials=12"]))
     assert "train.epochs: was 3, now 4" in str(refused.value)
@@ -285,15 +287,72 @@ def test_a_study_without_a_complete_trial_confirms_nothing(study_folder: Path) -
     study.close()
 
 
-def test_a_trial_that_begins_anew_on_another_worker_keeps_one_set_of_epochs(study_folder: Path) -> None:
-    job = toy_job(study_folder, ["search.trials=1", "confirm.seeds=0"])
+def test_a_trial_whose_worker_dies_before_its_first_epoch_is_run_again_once(study_folder: Path) -> None:
+    job = toy_job(study_folder, ["search.trials=3", "search.pruner.kind=none"])
     study = open_study(job)
-    spec = study.ask()
-    study.report(spec.trial_id, record(spec, 1))
-    study.report(spec.trial_id, record(spec, 2))
-    run_one(study, spec)
+    first, second, third = (study.ask() for _ in range(3))
+    study.report(second.trial_id, record(second, 1))
+    for spec in (first, second):
+        study.lose(spec.trial_id, "gone")
+    assert study.ask() == first
+    study.lose(first.trial_id, "gone again")
+    run_one(study, third)
+    study.lose(third.trial_id, "after its end: too late to matter")
+    run_all(study)
     study.close()
-    assert [epoch["epoch"] for epoch in results.read_epochs(job.folder).to_pylist()] == [1, 2, 3]
+    rows = {row["trial_id"]: row for row in trials(job)}
+    assert len(rows) == 3 + 2
+    for spec in (first, second):
+        assert (rows[spec.trial_id]["status"], rows[spec.trial_id]["error_kind"]) == ("failed", "worker_lost")
+    assert rows[second.trial_id]["epochs"] == 1
+    assert rows[third.trial_id]["status"] == "complete"
+
+
+def test_rows_of_a_commit_that_failed_are_sent_again(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from frostline import study as module
+
+    real, broken = module.commit_part, ["before", "after"]
+
+    def commit_part(*arguments: Any) -> None:
+        """Fails once before it writes and once after it has committed."""
+        how = broken.pop() if broken else None
+        if how == "before":
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+        if how == "after":
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(module, "commit_part", commit_part)
+    job = toy_job(study_folder, ["search.trials=4", "confirm.seeds=0", "search.pruner.kind=none"])
+    study = open_study(job)
+    for _ in range(2):
+        run_one(study, study.ask())
+        with pytest.raises(OSError, match="No space|Input/output"):
+            study.commit()
+    run_all(study)
+    study.close()
+    assert sorted(row["number"] for row in trials(job)) == [0, 1, 2, 3]
+
+
+def test_a_job_that_was_refused_leaves_no_mark(study_folder: Path) -> None:
+    arms = {"freeze": {"strategy": "freeze_depth", "sampler": "grid", "space": {"freeze.depth": [0, 1]}}}
+    with pytest.raises(ValueError, match="lower search.trials to 2"):
+        open_study(toy_job(study_folder, ["search.trials=6"], arms=arms))
+    open_study(toy_job(study_folder, ["search.trials=2"], arms=arms)).close()
+
+
+def test_a_finalist_that_a_longer_search_replaces_leaves_its_confirmations_behind(study_folder: Path) -> None:
+    options = ["search.sampler=random", "search.pruner.kind=none", "search.defaults=false"]
+    finalists = []
+    for count in (2, 12):
+        study = open_study(toy_job(study_folder, [f"search.trials={count}", *options]))
+        run_all(study)
+        snapshot = study.snapshot()
+        assert (snapshot.confirmed, snapshot.confirmed_complete, snapshot.to_confirm) == (2, 2, 2)
+        finalists.append(snapshot.best)
+        study.close()
+    assert finalists[0] != finalists[1]
+    assert len(trials(toy_job(study_folder))) == 12 + 2 + 2
 
 
 def test_rows_are_committed_after_two_seconds_or_256_rows(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,4 +230,6 @@ def test_the_train_subset_of_a_confirmation_is_its_own_and_val_stays(tmp_path: P
 def test_errors_of_the_spine_itself_are_raised(tmp_path: Path) -> None:
     spec = spec_of(toy_job(tmp_path), {**VALUES, "freeze.depth": 3})
     with pytest.raises(ZeroDivisionError):
+        run(spec, lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         run_trial(spec, store=FeatureStore(), world=World.here(spec.resources), report=lambda _: 1 / 0)

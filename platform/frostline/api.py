@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +10,7 @@ from rich.console import Console
 
 from frostline.data import splits_table
 from frostline.inline import run_inline
-from frostline.jobfile import load_job
+from frostline.jobfile import load_job, parse_job
 from frostline.prepare import prepare
 from frostline.progress import Progress
 from frostline.spec import Job
@@ -33,18 +30,22 @@ def search(
 ) -> Path:
     """Run a search to its end, or go on with one that was begun, and answer the folder of its study.
 
-    `job` is a job file or a `Job`; `overrides` are `key=value` strings for a job file. The search runs on a local Ray
+    `job` is a job file or a `Job`; `overrides` are `key=value` strings that are laid over it. The search runs on a local Ray
     that is started and stopped for it, on the cluster at `address`, or (`inline`) in this process.
 
     Raises a ValueError that lists what is wrong with the job, data or backbone; StudyBusy while another process holds
     the study; SearchFailedError where every trial failed.
     """
-    if not isinstance(job, Job):
+    if inline and address:
+        raise ValueError("inline = True runs in this process, and address names a cluster: give one of them")
+    if isinstance(job, Job):
+        job = parse_job(job.model_dump(mode="json", exclude_unset=True), overrides)
+    else:
         job = load_job(job, overrides)
     if not job.arms:
         raise ValueError(f"job {job.name!r} has no arms to search; add [arms.NAME] with a strategy and a space")
     console = console or Console(stderr=True)
-    who = {"driver": os.getpid(), "host": socket.gethostname(), "command": shlex.join(sys.argv)}
+    who = {"driver": os.getpid()}
     with Progress(console) as progress:
         prepared = prepare(job, progress.decoding)
         run = {"who": who, "show": progress.show}
@@ -59,5 +60,7 @@ def search(
         raise SearchFailedError(f"none of {last.done} trials completed; `frostline results {folder}` says why")
     if last.confirmed_complete < last.to_confirm:
         lost = last.to_confirm - last.confirmed_complete
-        raise SearchFailedError(f"{lost} of {last.to_confirm} confirmations failed; see `frostline results {folder}`")
+        raise SearchFailedError(
+            f"{lost} of {last.to_confirm} confirmations failed; `frostline results {folder}` says why"
+        )
     return folder

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import torch as safetensors
 
 from frostline.backbone import Backbone, load_backbone
+from frostline.commit import published, verify_folder
 from frostline.freeze import Applied, Network, apply_plan, compile_plan, pretrained_names
 from frostline.head import build_head
 from frostline.spec import TrialSpec
@@ -63,7 +64,9 @@ def bundle_files(
 
 def load_bundle(folder: str | Path) -> tuple[Network, dict[str, Any]]:
     """The network of a bundle in eval mode, and the content of its bundle.json. Raises BundleError."""
-    folder = Path(folder)
+    folder = published(Path(folder))
+    if problems := verify_folder(folder):
+        raise BundleError(f"{folder} is not a bundle, or not as it was written: " + "; ".join(problems[:5]))
     try:
         about = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
         tensors = safetensors.load_file(folder / "model.safetensors")

@@ -45,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         errors.print(f"frostline: {error}")
         return 1
-    except (KeyboardInterrupt, SystemExit):  # Ray turns the one into the other
+    except OSError as error:
+        errors.print(f"frostline: {error}")
+        return 1
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        if isinstance(stopped, SystemExit) and len(received) == 1:
+            raise  # with a signal behind it, it is Ray's way to say KeyboardInterrupt
         errors.print("frostline: interrupted; what had finished is kept, and the same command goes on from there")
         return 128 + received[-1]
 

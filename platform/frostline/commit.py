@@ -147,7 +147,7 @@ def local_folder(folder: str | Path) -> Path:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):
         raise UnusableRoot(
             f"{folder}: a study cannot live at a URI, since its commits need locks and exclusive links; "
-            "give a folder on a local or shared POSIX file system (data and weights may be URIs)"
+            "give a folder on a local or shared POSIX file system (data may be at a URI)"
         )
     return Path(folder)
 

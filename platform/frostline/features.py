@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from frostline.backbone import Backbone
 from frostline.data import Dataset
+from frostline.world import mixed
 
 EVAL_BATCH = 64
 
@@ -33,14 +34,21 @@ class FeatureStore:
     _kept: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
 
     def features(
-        self, backbone: Backbone, module: nn.Module, dataset: Dataset, samples: np.ndarray, device: torch.device
+        self,
+        backbone: Backbone,
+        module: nn.Module,
+        dataset: Dataset,
+        samples: np.ndarray,
+        device: torch.device,
+        autocast: torch.dtype | None,
     ) -> Tensor:
-        """(n, D) float32 pooled features of these samples under `module`, a copy on `device` of the pretrained backbone."""
+        """(n, D) float32 pooled features of these samples under `module`, a copy on `device` of the pretrained backbone,
+        in the precision of a live forward pass."""
         chosen = hashlib.sha256(samples.tobytes()).hexdigest()
         network = f"{backbone.name}/{backbone.source_hash}/{backbone.weights_hash}/{backbone.stages_hash}"
-        key = f"{network}/{dataset.data_hash}/{dataset.pixels_hash}/{device}/{chosen}"
+        key = f"{network}/{dataset.data_hash}/{dataset.pixels_hash}/{device}/{autocast}/{chosen}"
         if key not in self._kept:
-            self._kept[key] = extract(module, image_fetch(backbone, dataset, device), samples)
+            self._kept[key] = extract(module, image_fetch(backbone, dataset, device), samples, device, autocast)
             self.images_forwarded += len(samples)
             while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self.budget_bytes:
                 self._kept.popitem(last=False)
@@ -49,10 +57,13 @@ class FeatureStore:
 
 
 @torch.no_grad()
-def extract(module: nn.Module, images: Fetch, samples: np.ndarray) -> Tensor:
+def extract(
+    module: nn.Module, images: Fetch, samples: np.ndarray, device: torch.device, autocast: torch.dtype | None
+) -> Tensor:
     """One pass of these samples through a backbone in eval mode: (n, D) float32. A pure function of its arguments."""
     module.eval()
-    return torch.cat([module(images(chunk)).float() for chunk in chunks(samples, EVAL_BATCH)])
+    with mixed(device, autocast):
+        return torch.cat([module(images(chunk)).float() for chunk in chunks(samples, EVAL_BATCH)])
 
 
 def image_fetch(backbone: Backbone, dataset: Dataset, device: torch.device) -> Fetch:

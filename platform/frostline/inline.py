@@ -19,8 +19,8 @@ def run_inline(
     job: Job, facts: Mapping[str, Any], splits: pa.Table, *, who: Mapping[str, Any], show: Callable[[Snapshot], None]
 ) -> Snapshot:
     """Run every trial of the study here; `show` is called after each epoch and each trial."""
-    study = Study(job, facts, splits, who=who)
     store, world = FeatureStore(), World.here(job.resources)
+    study = Study(job, facts, splits, who=who)
     try:
         while spec := study.ask():
 

@@ -65,7 +65,7 @@ def _with_absolute_paths(job: Job) -> Job:
     """Trials may run in another working directory."""
     data, backbone = job.data, job.backbone
     if data.path not in ("digits", "fashion-mnist") and "://" not in data.path:
-        data = data.model_copy(update={"path": str(Path(data.path).absolute())})
+        data = data.model_copy(update={"path": str(Path(data.path).expanduser().absolute())})
     if backbone.weights not in ("pretrained", "random"):
-        backbone = backbone.model_copy(update={"weights": str(Path(backbone.weights).absolute())})
+        backbone = backbone.model_copy(update={"weights": str(Path(backbone.weights).expanduser().absolute())})
     return job.model_copy(update={"data": data, "backbone": backbone, "results": str(job.folder.absolute())})

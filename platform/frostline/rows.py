@@ -23,7 +23,7 @@ from frostline.world import World, hardware, peak_mib, reset_peak, versions
 
 
 def describe(spec: TrialSpec, world: World) -> dict[str, Any]:
-    """The columns that are known before a trial has begun."""
+    """The columns that are known when a trial begins."""
     config = spec.config
     return {
         "trial_id": spec.trial_id,
@@ -66,7 +66,7 @@ def describe_data(dataset: Dataset, train: Batches, val: Batches) -> dict[str, A
 
 
 def describe_network(network: Network, applied: Applied, backbone: Backbone, cut: int, config: Train) -> dict[str, Any]:
-    """The columns that say what of the network trained; to be called when its freeze audit has passed."""
+    """The columns that say what of the network trains."""
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     return {
         "freeze_depth": cut,
@@ -77,7 +77,6 @@ def describe_network(network: Network, applied: Applied, backbone: Backbone, cut
         "total_params": sum(sizes.values()),
         "trainable_params": sum(size for name, size in sizes.items() if name in applied.trained),
         "applied_lrs": json.dumps(stage_rates(applied, backbone.stages, config.lr, config.head_lr)),
-        "audit": "passed",
     }
 
 
@@ -150,6 +149,8 @@ class Cost:
 
     def lap(self, part: str) -> None:
         """The time since the last lap belongs to this part."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.laps[part] = self.seconds() - sum(self.laps.values())
 
     def seconds(self) -> float:

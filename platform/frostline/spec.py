@@ -164,7 +164,8 @@ class Train(Frozen):
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient over all trainable parameters; not clipped when not given."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay per step of an exponential moving average of the weights, which is then what is scored and saved."""
+    """Decay per step of an exponential moving average of the trained weights, which is then what is scored and saved
+    (with the running statistics of norm layers as they are)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass; `auto` is bf16 on a GPU that has it, else fp32."""
 
@@ -201,7 +202,8 @@ class Objective(Frozen):
 
 class Pruner(Frozen):
     kind: Literal["halving", "median", "none"] = "halving"
-    """Asynchronous successive halving (Li et al. 2020), below the median of earlier trials, or no early stopping."""
+    """Asynchronous successive halving (Li et al. 2020), stopping below the median of at least 5 complete trials of the
+    arm, or no early stopping."""
     grace_epochs: int = Field(default=1, ge=1)
     """No trial is stopped before it has trained this many epochs."""
     factor: int = Field(default=3, ge=2)
@@ -214,7 +216,7 @@ class Search(Frozen):
     sampler: Sampler = "tpe"
     """What proposes configurations in arms that name no sampler of their own."""
     startup_trials: int = Field(default=10, ge=1)
-    """tpe only: how many trials of an arm are drawn at random before the model proposes."""
+    """tpe only: how many trials of an arm must have ended before the model proposes; until then it draws at random."""
     defaults: bool = True
     """Start each arm with strong defaults from its space: the linear probe, and full fine-tuning at a sane rate (not with `grid`)."""
     pruner: Pruner = Pruner()

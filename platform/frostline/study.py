@@ -2,7 +2,8 @@
 
 `ask` answers the next trial, `report` hears an epoch and answers whether to go on, `finish` takes a trial's outcome.
 Rows are committed every 2 s or 256 rows. Opening a study again rebuilds it from what was committed: a trial that was
-asked for but never committed runs again, whole, with the same configuration and seeds.
+asked for and has no row runs again, whole; with the same configuration if its ask was committed, which asks are with the
+next trial that ends.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from frostline.commit import (
 from frostline.propose import Proposal, Proposer
 from frostline.spec import Job, TrialSpec, configure, confirm_seeds, search_seeds
 from frostline.train import EpochRecord
-from frostline.trial import Outcome
+from frostline.trial import Outcome, lost
 
 COMMIT_ROWS = 256
 COMMIT_SECONDS = 2.0
@@ -54,7 +55,7 @@ class Running:
     ask_seq: int | None = None
     records: list[EpochRecord] = field(default_factory=list)
     epoch_rows: list[dict[str, Any]] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
+    lost: bool = False  # its worker has died once, before the first epoch
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ class Study:
         self.lease = _take_lease(self.folder, who)
         try:
             clean(self.folder)
-            _record_job(self.folder, job, facts, splits)
             self.share = job.search.trials // len(job.arms)
             self.proposers = {name: Proposer(job, name, len(facts["stages"]), self.share) for name in job.arms}
+            _record_job(self.folder, job, facts, splits)
             self.finished: list[Finished] = []
             self.running: dict[str, Running] = {}
             self.again: deque[Running] = deque()
@@ -121,42 +122,49 @@ class Study:
         running = self.again.popleft() if self.again else self._next_search() or self._next_confirm()
         if running is None:
             return None
-        running.started = time.monotonic()
         self.running[running.spec.trial_id] = running
         return running.spec
 
     def report(self, trial_id: str, record: EpochRecord) -> bool:
         """Hear an epoch of a running trial; whether the trial should go on."""
         running = self.running[trial_id]
-        if record.epoch == 1:  # the trial began anew, on another worker
-            running.records.clear()
-            running.epoch_rows.clear()
         spec = running.spec
         stop = spec.round == "search" and self.proposers[spec.arm].report(spec.number, record.epoch, record.val_score)
         running.records.append(record)
         running.epoch_rows.append(_epoch_row(trial_id, record, self._next_seq(), stop))
-        self.commit_if_due()
         return not stop
 
     def finish(self, trial_id: str, outcome: Outcome) -> None:
         """Take a trial's outcome. Raises KeyError for a trial that is not running."""
-        running = self.running.pop(trial_id)
+        running = self.running[trial_id]
         row = outcome.row | {
             "finalist_of": running.finalist_of,
             "ask_seq": running.ask_seq,
             "tell_seq": self._next_seq(),
         }
+        done = remember(row)
+        if outcome.bundle and best_of([*self._confirmed(), done], self.mode) == done:
+            publish_folder(self.folder / "bundle", outcome.bundle)
         if running.spec.round == "search":
             told = self.proposers[row["arm"]].tell(row["number"], row["status"], row.get("val_score"))
             row["sampler"] = json.dumps(told)
         self.pending["trials"].append(row)
         self.pending["epochs"] += running.epoch_rows
         self.pending["predictions"] += outcome.predictions
-        done = remember(row)
+        del self.running[trial_id]
         self.finished.append(done)
-        if outcome.bundle and done == best_of(self._confirmed(), self.mode):
-            publish_folder(self.folder / "bundle", outcome.bundle)
         self.commit_if_due()
+
+    def lose(self, trial_id: str, reason: str) -> None:
+        """End a trial whose worker is gone, unless it had finished. One that had not begun is run again, once."""
+        running = self.running.get(trial_id)
+        if running is None:
+            return
+        if running.records or running.lost:
+            self.finish(trial_id, lost(running.spec, running.records, reason))
+        else:
+            del self.running[trial_id]
+            self.again.append(replace(running, lost=True))
 
     @property
     def done(self) -> bool:
@@ -189,7 +197,7 @@ class Study:
 
     def commit_if_due(self) -> None:
         """Commit finished trials if 2 s have passed since the last commit, or 256 rows wait."""
-        rows = len(self.pending["trials"])
+        rows = len(self.pending["trials"]) + (len(self.sending["trials"]) if self.sending else 0)
         if rows and (rows >= COMMIT_ROWS or time.monotonic() - self.committed >= COMMIT_SECONDS):
             self.commit()
 
@@ -218,7 +226,8 @@ class Study:
     def close(self) -> None:
         """Commit what is left and let the folder go."""
         try:
-            self.commit()
+            while self.sending or self.pending["trials"]:
+                self.commit()
         finally:
             self.lease.release()
 
@@ -394,7 +403,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
         here, before, after = f"{path}{key}", old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             found |= differences(before, after, f"{here}.")
-        elif before != after:
+        elif json.dumps(before) != json.dumps(after):  # 1 and 1.0 are different freeze depths
             found[here] = (before, after)
     return found
 
@@ -405,7 +414,8 @@ def _take_lease(folder: Path, who: Mapping[str, Any]) -> Lease:
         return Lease.take(folder, who)
     except StudyBusy:
         holder = json.loads((folder / "lease.json").read_text(encoding="utf-8") or "{}")
-        if holder.get("host") != socket.gethostname() or Path(f"/proc/{holder.get('driver')}").exists():
+        driver = holder.get("driver")
+        if driver is None or holder.get("host") != socket.gethostname() or Path(f"/proc/{driver}").exists():
             raise
         return Lease.take(folder, who, wait_s=DYING_SECONDS)
 
@@ -414,7 +424,7 @@ def _record_job(folder: Path, job: Job, facts: Mapping[str, Any], splits: pa.Tab
     """Write the resolved job and the splits into a new study; hold them against those that an old one was begun with."""
     path = folder / "job.json"
     record = {"job": job.model_dump(mode="json", exclude={"results"}), "facts": dict(facts)}
-    if path.exists():
+    if path.exists() and committed_parts(folder, results.RECORD):
         old = json.loads(path.read_text(encoding="utf-8"))
         changed = differences(old["job"], record["job"])
         refused = {key: pair for key, pair in changed.items() if key not in MAY_GROW or pair[1] < pair[0]}

@@ -18,6 +18,7 @@ from frostline.features import EVAL_BATCH, Fetch, chunks
 from frostline.freeze import Applied, Network, check_gradients, check_masks, train_mode
 from frostline.metrics import scores
 from frostline.spec import Metric, Train
+from frostline.world import mixed
 
 REMEDY = "try a lower learning rate"
 
@@ -94,7 +95,7 @@ def train_epochs(
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak_lr"]
             optimizer.zero_grad(set_to_none=True)
-            with _autocast(train.labels.device, autocast):
+            with mixed(train.labels.device, autocast):
                 logits = model(train.fetch(train.samples[batch]))
                 loss = functional.cross_entropy(
                     logits.float(), train.labels[batch], label_smoothing=config.label_smoothing
@@ -164,14 +165,18 @@ def predict(model: nn.Module, batches: Batches, autocast: torch.dtype | None = N
     """(n, classes) float32 logits of a model in eval mode, in the order of the samples."""
     model.eval()
     device = batches.labels.device
-    with _autocast(device, autocast):
+    with mixed(device, autocast):
         parts = [model(batches.fetch(chunk)).float().cpu() for chunk in chunks(batches.samples, EVAL_BATCH)]
     return torch.cat(parts).numpy()
 
 
 @torch.no_grad()
-def recalibrate(network: Network, applied: Applied, train: Batches, batch_size: int) -> None:
-    """Recompute the running statistics of the plan's norm layers as averages over one pass of the train samples."""
+def recalibrate(network: Network, applied: Applied, train: Batches, seed: int) -> None:
+    """Recompute the running statistics of the plan's norm layers as averages over one pass of the train samples.
+
+    Samples are drawn in an order of their own: in the order of a folder a batch would hold one class, and its variance
+    would lack what lies between classes. Batches are of equal size, so that they weigh the same.
+    """
     layers = [network.get_submodule(name) for name in sorted(applied.recalibrated)]
     momenta = []
     network.eval()
@@ -181,9 +186,9 @@ def recalibrate(network: Network, applied: Applied, train: Batches, batch_size: 
         layer.reset_running_stats()
         layer.momentum = None
         layer.training = True
-    for chunk in chunks(train.samples, batch_size):
-        if len(chunk) > 1:
-            network(train.fetch(chunk))
+    order = np.random.default_rng(seed).permutation(train.samples)
+    for part in np.array_split(order, -(-len(order) // EVAL_BATCH)):
+        network(train.fetch(part))
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
         layer.training = False
@@ -220,7 +225,3 @@ class Average:
     def _put(self, values: Sequence[Tensor]) -> None:
         for live, value in zip(self.live, values, strict=True):
             live.copy_(value)
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -46,12 +46,17 @@ class Outcome:
     bundle: dict[str, bytes] = field(default_factory=dict)
 
 
-def run_trial(spec: TrialSpec, *, store: FeatureStore, world: World, report: Report) -> Outcome:
+def run_trial(
+    spec: TrialSpec, *, store: FeatureStore, world: World, report: Report, row: dict[str, Any] | None = None
+) -> Outcome:
     """Train one configuration and score it on val; a confirmation also on test, once, with predictions and a bundle.
 
-    Raises what goes wrong; `attempt` makes a failed row of it.
+    Columns are put into `row` as they become known. Raises what goes wrong; `attempt` makes a failed row of it.
     """
     config, device, cost = spec.config, world.device, Cost(world.device, store.images_forwarded)
+    outcome = Outcome({} if row is None else row)
+    row = outcome.row
+    row |= describe(spec, world)
     dataset = load_data(spec.data, spec.seeds.split)
     train_samples = subset(dataset, spec.data.per_class, spec.seeds.subset)
     cost.lap("data")
@@ -62,23 +67,26 @@ def run_trial(spec: TrialSpec, *, store: FeatureStore, world: World, report: Rep
     head = build_head(config.head, backbone.feature_dim, len(dataset.classes), spec.seeds.head)
     network = Network(copy.deepcopy(backbone.module), head).to(device).to(memory_format=torch.channels_last)
     applied = apply_plan(plan, network, backbone)
+    autocast = autocast_dtype(config.train.precision, device)
+    row |= describe_network(network, applied, backbone, plan.cut, config.train)
+    row |= {"inputs": "features" if head_only else "images", "precision": "bf16" if autocast else "fp32"}
 
     def features(samples: np.ndarray) -> Tensor:
-        return store.features(backbone, network.backbone, dataset, samples, device)
+        return store.features(backbone, network.backbone, dataset, samples, device, autocast)
 
     def batches(samples: np.ndarray) -> Batches:
         fetch = feature_fetch(features(samples), samples) if head_only else image_fetch(backbone, dataset, device)
         return Batches(fetch, samples, torch.from_numpy(dataset.labels[samples]).to(device))
 
     train, val = batches(train_samples), batches(dataset.indices("val"))
+    row |= describe_data(dataset, train, val)
     if config.head.init == "probe":
         set_probe(head, features(train_samples), dataset.labels[train_samples])
     if applied.recalibrated:
-        recalibrate(network, applied, train, config.train.batch_size)
+        recalibrate(network, applied, train, spec.seeds.order)
     cost.lap("features")
 
     held = fixed_hash(network, applied)
-    autocast = autocast_dtype(config.train.precision, device)
     records, status = [], "complete"
     for record in train_epochs(
         network,
@@ -97,47 +105,55 @@ def run_trial(spec: TrialSpec, *, store: FeatureStore, world: World, report: Rep
             break
     if fixed_hash(network, applied) != held:
         raise FreezeError("training moved a tensor that the freeze plan holds fixed")
+    row |= {"audit": "passed"} | summarise(spec, records, status)
     cost.lap("train")
 
-    outcome = Outcome(
-        describe(spec, world)
-        | describe_data(dataset, train, val)
-        | describe_network(network, applied, backbone, plan.cut, config.train)
-        | summarise(spec, records, status)
-        | {"inputs": "features" if head_only else "images", "precision": "bf16" if autocast else "fp32"}
-    )
     if spec.round == "confirm" and status == "complete":
         test = batches(dataset.indices("test"))
         logits = predict(network.head if head_only else network, test, autocast)
-        outcome.row |= score_on_test(spec, logits, dataset.labels[test.samples])
+        row |= score_on_test(spec, logits, dataset.labels[test.samples])
         outcome.predictions = prediction_rows(spec, logits, dataset, test.samples)
-        outcome.bundle = bundle_files(spec, network, applied, backbone, dataset.classes, outcome.row)
+        outcome.bundle = bundle_files(spec, network, applied, backbone, dataset.classes, row)
         cost.lap("eval")
-    outcome.row |= cost.columns(records, outcome.row, store.images_forwarded)
+    row |= cost.columns(records, row, store.images_forwarded)
     return outcome
 
 
 def attempt(spec: TrialSpec, *, store: FeatureStore, world: World, report: Report) -> Outcome:
-    """`run_trial`, with whatever goes wrong in it as a row of status `failed`: a kind, a reason, the traceback's end."""
+    """`run_trial`, with whatever goes wrong in it as a row of status `failed`: a kind, a reason, the traceback's end.
+
+    What goes wrong in `report` is not the trial's failure, and is raised.
+    """
+    row: dict[str, Any] = {}
     records: list[EpochRecord] = []
+    unheard: list[Exception] = []
     started = time.perf_counter()
 
     def listen(record: EpochRecord) -> bool:
         records.append(record)
-        return report(record)
+        try:
+            return report(record)
+        except Exception as error:
+            unheard.append(error)
+            raise
 
     try:
-        return run_trial(spec, store=store, world=world, report=listen)
-    except Exception as error:  # noqa: BLE001 (a trial may fail in any way, and the failure is its result)
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        return run_trial(spec, store=store, world=world, report=listen, row=row)
+    except Exception as error:
+        if unheard:
+            raise
         seconds = time.perf_counter() - started
-        row = describe(spec, world) | summarise(spec, records, "failed") | failure(error)
-        return Outcome(row | {"seconds": seconds, "device_s": seconds, "finished_at": datetime.now(UTC)})
+        row |= summarise(spec, records, "failed") | failure(error)
+        row |= {"seconds": seconds, "device_s": seconds, "finished_at": datetime.now(UTC)}
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Outcome(row)
 
 
 def lost(spec: TrialSpec, records: Sequence[EpochRecord], reason: str) -> Outcome:
     """The outcome of a trial whose process is gone: what it had reported, and that it was lost."""
-    row = describe(spec, World(torch.device("cpu"), "unknown")) | {"device": None, "hardware": None, "node": None}
-    lost_row = {"error_kind": "worker_lost", "reason": reason, "seconds": sum(record.seconds for record in records)}
-    return Outcome(row | summarise(spec, records, "failed") | lost_row | {"finished_at": datetime.now(UTC)})
+    row = describe(spec, World(torch.device("cpu"), "unknown")) | summarise(spec, records, "failed")
+    row |= dict.fromkeys(("device", "hardware", "node", "started_at"))
+    seconds = sum(record.seconds for record in records)
+    row |= {"error_kind": "worker_lost", "reason": reason, "seconds": seconds, "device_s": seconds}
+    return Outcome(row | {"finished_at": datetime.now(UTC)})

@@ -36,7 +36,7 @@ from frostline.features import FeatureStore
 from frostline.spec import Job, Resources, TrialSpec
 from frostline.study import Snapshot, Study
 from frostline.train import EpochRecord
-from frostline.trial import Outcome, Report, attempt, lost
+from frostline.trial import Outcome, Report, attempt
 from frostline.world import World
 
 POLL_SECONDS = 0.5
@@ -73,10 +73,7 @@ class StudyActor:
         self.study.finish(trial_id, outcome)
 
     def lose(self, trial_id: str, reason: str) -> None:
-        """End a trial whose worker died, unless it had finished before that."""
-        running = self.study.running.get(trial_id)
-        if running is not None:
-            self.study.finish(trial_id, lost(running.spec, running.records, reason))
+        self.study.lose(trial_id, reason)
 
     def snapshot(self) -> Snapshot:
         return self.study.snapshot()
@@ -104,7 +101,7 @@ class StudySearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         ours = self.trial_ids.pop(trial_id)
         if error:
-            ray.get(self.study.lose.remote(ours, "the worker died before the trial ended"))
+            ray.get(self.study.lose.remote(ours, "the worker ended before its result was recorded"))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study's rows are the truth."""
@@ -153,6 +150,8 @@ def run_tune(
     """
     with _cluster(address):
         gpus = gpus_of_a_trial(job.resources)
+        if job.resources.device == "cuda" and not gpus:
+            raise PlacementError("resources.device = 'cuda', and no node has a GPU to give; use 'auto' or 'cpu'")
         slots = concurrency(job.resources.cpus, gpus, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         study: Any = ray.remote(num_cpus=0)(StudyActor).options(scheduling_strategy=here).remote()
@@ -217,7 +216,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     on_terminate = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if address is None:
-        ray.init(include_dashboard=False, **options)
+        ray.init("local", include_dashboard=False, **options)
     else:
         try:
             ray.init(address, runtime_env={"py_modules": [str(Path(__file__).parent)]}, **options)
@@ -243,10 +242,15 @@ def _short_name(trial: Any) -> str:
 def _watching(study: Any, show: Callable[[Snapshot], None]) -> Iterator[None]:
     """Show snapshots from a thread while Tune has the main one; this also makes the study commit what is due."""
     stop = threading.Event()
+    failed: list[Exception] = []
 
     def watch() -> None:
         while not stop.wait(POLL_SECONDS):
-            show(ray.get(study.snapshot.remote()))
+            try:
+                show(ray.get(study.snapshot.remote()))
+                failed.clear()
+            except Exception as error:  # noqa: BLE001 (a commit that failed is tried again at the next look)
+                failed[:] = [error]
 
     thread = threading.Thread(target=watch, name="frostline-progress", daemon=True)
     thread.start()
@@ -255,3 +259,5 @@ def _watching(study: Any, show: Callable[[Snapshot], None]) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+    if failed:
+        raise failed[0]

@@ -50,8 +50,17 @@ def find_device(wanted: str) -> torch.device:
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The dtype of the forward pass under `train.precision`, None for plain float32."""
     if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        return (
+            torch.bfloat16
+            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            else None
+        )
     return torch.bfloat16 if precision == "bf16" else None
+
+
+def mixed(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """A context in which forward passes use `dtype` where that is safe; None for plain float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def hardware(device: torch.device) -> str:
