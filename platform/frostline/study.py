@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
@@ -326,7 +327,7 @@ class Study:
         if not search:
             return None
         whole = [trial.seconds for trial in self.finished if trial.status == "complete"]
-        left = (self.job.search.trials - len(search)) * _mean(search) + to_confirm * _mean(whole or search)
+        left = (self.job.search.trials - len(search)) * fmean(search) + to_confirm * fmean(whole or search)
         return left / max(1, len(self.running))
 
     def _next_seq(self) -> int:
@@ -466,7 +467,3 @@ def _epoch_row(trial_id: str, record: EpochRecord, seq: int, stop: bool) -> dict
 
 def _no_rows() -> dict[str, list[dict[str, Any]]]:
     return {name: [] for name in results.TABLES}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
