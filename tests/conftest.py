@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# The machine may be busy: no example has a deadline. In CI the examples are the same in every run; elsewhere they are new.
+settings.register_profile(
+    "frostline", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
+settings.load_profile("frostline")
 
 
 @pytest.fixture(autouse=True, scope="session")
