@@ -25,8 +25,10 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _torch_as_it_starts() -> None:
+    """What a trial sets for its process, set back; one thread, as a trial has by default."""
     torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(True)
 
 
 @pytest.fixture
