@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -146,8 +147,12 @@ strategy = "freeze_depth"
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    """A search of its own, which hears Ctrl-C even where these tests run as a background job that does not."""
     command = [sys.executable, "-m", "frostline.cli", "search", "job.toml", *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hear
+    )
 
 
 @pytest.mark.slow

@@ -26,13 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and answer its exit status: 0 done, 1 failed, 2 a mistake in the input, 130 and 143 interrupted."""
     arguments = build_parser().parse_args(argv)
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    received = [signal.SIGINT]
+    received: list[int] = []
 
-    def terminate(number: int, _frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background jobs ignore Ctrl-C, and may
+            signal.signal(number, interrupt)
     if "" not in sys.path:
         sys.path.insert(0, "")  # python:MODULE:FUNCTION backbones lie in the working directory
     try:
@@ -48,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         errors.print(f"frostline: {error}")
         return 1
-    except (KeyboardInterrupt, SystemExit) as stopped:
-        if isinstance(stopped, SystemExit) and len(received) == 1:
-            raise  # with a signal behind it, it is Ray's way to say KeyboardInterrupt
+    except (KeyboardInterrupt, SystemExit):
+        if not received:
+            raise  # with a signal behind it, SystemExit is Ray's way to say KeyboardInterrupt
         errors.print("frostline: interrupted; what had finished is kept, and the same command goes on from there")
         return 128 + received[-1]
 
