@@ -42,23 +42,23 @@ _ASIDE = re.compile(r"\.old-(?P<name>.+)-frostline")
 _SEAL_BYTES = hashlib.sha256().digest_size
 
 
-class StudyBusy(RuntimeError):  # noqa: N818
+class StudyBusy(RuntimeError):  # noqa: N818 (it names a state, and reads better so)
     """Another process holds the study; the text says who, since when, and what to do."""
 
 
-class CommitConflict(RuntimeError):  # noqa: N818
+class CommitConflict(RuntimeError):  # noqa: N818 (it names a state, and reads better so)
     """Somebody else has committed this part; nothing of ours is visible."""
 
 
-class DamagedFile(RuntimeError):  # noqa: N818
+class DamagedFile(RuntimeError):  # noqa: N818 (it names a state, and reads better so)
     """A committed file is not what was written; the text names it and the remedy."""
 
 
-class UnknownSchema(ValueError):  # noqa: N818
+class UnknownSchema(ValueError):  # noqa: N818 (it names a state, and reads better so)
     """A table of a schema version that this Frostline does not read."""
 
 
-class UnusableRoot(ValueError):  # noqa: N818
+class UnusableRoot(ValueError):  # noqa: N818 (it names a state, and reads better so)
     """A place that cannot hold a study."""
 
 

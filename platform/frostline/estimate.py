@@ -28,7 +28,7 @@ from frostline.spec import Arm, Freeze, Head, Job, Pruner, Range, Resources, dep
 from frostline.stages import StageCost
 from frostline.study import COMMIT_ROWS, COMMIT_SECONDS
 from frostline.train import Batches, Seeding, predict, train_epochs
-from frostline.world import World, autocast_dtype, hardware
+from frostline.world import World, autocast_dtype, gpus_of_a_trial, hardware, trials_at_once
 
 TIMING_S = 6.0  # what the timed steps may take on a CPU; batches shrink to fit
 PART_BYTES = 42_000  # measured, as are the next: the Parquet files of a commit
@@ -308,10 +308,7 @@ def arm_cuts(job: Job, arm: Arm, stages: int) -> list[int]:
 
 def local_slots(resources: Resources, cores: int, gpus: int) -> int:
     """How many trials a Ray of this machine alone would run at once; 0 where it cannot hold one."""
-    wanted = resources.gpus
-    if wanted is None:
-        wanted = float(gpus >= 1 and resources.device in ("auto", "cuda"))
-    return int(min(cores / resources.cpus, gpus / wanted if wanted else math.inf))
+    return trials_at_once(resources.cpus, gpus_of_a_trial(resources, gpus), cores, gpus)
 
 
 def _disk(

@@ -34,7 +34,7 @@ _ANY_PARSER_ERROR = (  # what Pillow's parsers let out when bytes are broken or 
 _HUSH = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
-class BadImage(ValueError):  # noqa: N818
+class BadImage(ValueError):  # noqa: N818 (it names a state, and reads better so)
     """One image cannot be used. The message is a short `kind: detail`, without the image's name."""
 
 

@@ -33,11 +33,11 @@ from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from frostline.features import FeatureStore
-from frostline.spec import Job, Resources, TrialSpec
+from frostline.spec import Job, TrialSpec
 from frostline.study import Snapshot, Study
 from frostline.train import EpochRecord
 from frostline.trial import Outcome, Report, attempt
-from frostline.world import World
+from frostline.world import World, gpus_of_a_trial, trials_at_once
 
 POLL_SECONDS = 0.5
 QUIET_LOGGERS = (
@@ -149,7 +149,7 @@ def run_tune(
     Raises PlacementError before anything starts where no node can hold a trial.
     """
     with _cluster(address):
-        gpus = gpus_of_a_trial(job.resources)
+        gpus = gpus_of_a_trial(job.resources, ray.cluster_resources().get("GPU", 0))
         if job.resources.device == "cuda" and not gpus:
             raise PlacementError("resources.device = 'cuda', and no node has a GPU to give; use 'auto' or 'cpu'")
         slots = concurrency(job.resources.cpus, gpus, [node["Resources"] for node in ray.nodes() if node["Alive"]])
@@ -186,19 +186,9 @@ def run_tune(
         return last
 
 
-def gpus_of_a_trial(resources: Resources) -> float:
-    """GPUs that Ray reserves for a trial: what the job says, else one where the cluster has any."""
-    if resources.gpus is not None:
-        return resources.gpus
-    wanted = resources.device in ("auto", "cuda")
-    return 1.0 if wanted and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
-
-
 def concurrency(cpus: float, gpus: float, nodes: list[Mapping[str, float]]) -> int:
     """How many trials the nodes hold at once. Raises PlacementError if none."""
-    slots = sum(
-        int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else float("inf"))) for node in nodes
-    )
+    slots = sum(trials_at_once(cpus, gpus, node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
     if slots == 0:
         largest = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise PlacementError(

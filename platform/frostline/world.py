@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import platform
 import resource
@@ -90,6 +91,18 @@ def versions() -> dict[str, str]:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         sha.update(source.name.encode() + source.read_bytes())
     return {**found, "code": sha.hexdigest()[:12]}
+
+
+def gpus_of_a_trial(resources: Resources, there: float) -> float:
+    """GPUs to reserve for a trial: what the job says, else one where there are any that it may use."""
+    if resources.gpus is not None:
+        return resources.gpus
+    return float(there >= 1 and resources.device in ("auto", "cuda"))
+
+
+def trials_at_once(cpus: float, gpus: float, has_cpus: float, has_gpus: float) -> int:
+    """How many trials of this many CPUs and GPUs one node holds."""
+    return int(min(has_cpus / cpus, has_gpus / gpus if gpus else math.inf))
 
 
 def reset_peak(device: torch.device) -> None:
