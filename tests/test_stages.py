@@ -15,6 +15,7 @@ from frostline.stages import (
     Stage,
     complete_groups,
     forward_groups,
+    lone_activations,
     make_stages,
     module_stages,
     named_tensors,
@@ -231,6 +232,21 @@ def test_recording_leaves_nothing_behind() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in named_tensors(module))
     assert torch.backends.mha.get_fastpath_enabled()
     assert torch.is_grad_enabled()
+
+
+def test_what_modules_return_and_what_is_overwritten() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Identity(), nn.Conv2d(4, 5, 1), nn.Flatten())
+    recording = record(module, torch.rand(2, 3, 8, 8))
+    assert [visit.module for visit in recording.visits] == ["0", "1", "2", "3", "4", ""]
+    outputs = [visit.output for visit in recording.visits]
+    assert [made.shape for made in outputs] == [(2, 4, 8, 8)] * 3 + [(2, 5, 8, 8), (2, 320), (2, 320)]
+    hidden, output = outputs[0].value, outputs[3].value
+    assert [made.value for made in outputs] == [hidden] * 3 + [output] * 3
+    convolution, relu = (visit.end for visit in recording.visits[:2])
+    assert [index for index, call in enumerate(recording.calls) if hidden in call.overwrites] == [relu - 1]
+    assert recording.visits[2].end == relu > convolution
+    (lone,) = lone_activations(recording, (Stage("a", ("0.weight", "0.bias")), Stage("b", ("3.weight", "3.bias"))))
+    assert lone == dict.fromkeys(range(convolution, relu + 1), hidden)
 
 
 def test_refused_images_are_the_users_mistake() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 ENOUGH_STAGES = 4  # `forward_groups` opens containers until it has this many
@@ -66,7 +67,29 @@ class Call:
     """The activations among its arguments."""
     writes: Mapping[Value, int]
     """The activations among its results, and how many elements each has."""
+    overwrites: frozenset[Value]
+    """The activations among its arguments that it works on in place."""
     flops: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor in what a module returned."""
+
+    value: Value
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One run of a module."""
+
+    module: str
+    """Its name, the first one where it has several."""
+    end: int
+    """How many calls came before it returned."""
+    output: Any
+    """What it returned, with a `Made` in the place of every tensor."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +102,13 @@ class Recording:
     """Parameter or buffer -> the first call that uses it."""
     entered: Mapping[str, int]
     """Module -> how many calls came before it first ran."""
+    visits: tuple[Visit, ...]
+    """In the order in which the modules returned."""
     output: Any
 
 
 # What networks are known to raise on an image that does not suit them.
-_REFUSALS = (RuntimeError, AssertionError, ValueError, TypeError, LookupError, AttributeError)
+REFUSALS = (RuntimeError, AssertionError, ValueError, TypeError, LookupError, AttributeError)
 
 
 def record(module: nn.Module, images: Tensor) -> Recording:
@@ -92,6 +117,7 @@ def record(module: nn.Module, images: Tensor) -> Recording:
     Leaves no hook behind and restores the training flags. Raises BackboneError where the network refuses the images.
     """
     entered: dict[str, int] = {}
+    visits: list[Visit] = []
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
         for child in module.modules():
@@ -108,9 +134,16 @@ def record(module: nn.Module, images: Tensor) -> Recording:
                 entered.setdefault(name, len(recorder.calls))
 
             stack.callback(child.register_forward_pre_hook(note).remove)
+        for name, child in module.named_modules():
+
+            def leave(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                made = tree_map_only(Tensor, lambda tensor: Made(value_of(tensor), tuple(tensor.shape)), output)
+                visits.append(Visit(name, len(recorder.calls), made))
+
+            stack.callback(child.register_forward_hook(leave).remove)
         try:
             output = module(images)
-        except _REFUSALS as error:
+        except REFUSALS as error:
             size = "x".join(map(str, images.shape[1:]))
             raise BackboneError(
                 f"the network refuses {size} images ({type(error).__name__}: {error}); try another data.image_size"
@@ -122,13 +155,14 @@ def record(module: nn.Module, images: Tensor) -> Recording:
         first_use |= dict.fromkeys(call.tensors - first_use.keys(), index)
         last_use |= dict.fromkeys(call.tensors, index)
     used = [name for name, _ in module.named_parameters(remove_duplicate=False) if name in first_use]
-    return Recording(calls, {name: (first_use[name], last_use[name]) for name in used}, first_use, entered, output)
+    spans = {name: (first_use[name], last_use[name]) for name in used}
+    return Recording(calls, spans, first_use, entered, tuple(visits), output)
 
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, module: nn.Module, images: Tensor) -> None:
         super().__init__()
-        self.calls = [Call("input", frozenset(), frozenset(), {value_of(images): images.numel()}, 0)]
+        self.calls = [Call("input", frozenset(), frozenset(), {value_of(images): images.numel()}, frozenset(), 0)]
         self._names: dict[Value, list[str]] = {}
         for name, tensor in named_tensors(module):
             self._names.setdefault(value_of(tensor), []).append(name)
@@ -143,10 +177,11 @@ class _Recorder(TorchDispatchMode):
         names = frozenset(name for value in read for name in self._names.get(value, ()) if not is_view)
         reads = frozenset(read & self._activations)
         writes = made if reads else {}
+        overwrites = frozenset(reads & made.keys() if func._schema.is_mutable else ())
         self._activations |= writes.keys()
         formula = flop_registry.get(func.overloadpacket)
         flops = formula(*args, **kwargs, out_val=result) if formula else 0
-        self.calls.append(Call(func.overloadpacket.__name__, names, reads, writes, flops))
+        self.calls.append(Call(func.overloadpacket.__name__, names, reads, writes, overwrites, flops))
         return result
 
 
@@ -326,8 +361,10 @@ def stage_costs(module: nn.Module, stages: Sequence[Stage], images: Tensor) -> t
         flops[stage] += call.flops // len(images)
     sizes = dict(module.named_parameters())
     parameters = [sum(sizes[name].numel() for name in stage.tensors if name in sizes) for stage in stages]
-    spans = [_span(stage.tensors, recording) for stage in stages]
-    cuts = [_cut_elements(recording, end, start) for (_, end), (start, _) in pairwise(spans)]
+    elements = {value: size for call in reversed(recording.calls) for value, size in call.writes.items()}
+    cuts = [
+        min((elements[value] for value in lone.values()), default=None) for lone in lone_activations(recording, stages)
+    ]
     cuts.append(recording.output.numel())
     return tuple(
         StageCost(
@@ -342,21 +379,25 @@ def stage_costs(module: nn.Module, stages: Sequence[Stage], images: Tensor) -> t
     )
 
 
-def _cut_elements(recording: Recording, end: int, start: int) -> int | None:
-    """Elements of the one activation that is alive somewhere between the calls `end` and `start`; None without one."""
+def lone_activations(recording: Recording, stages: Sequence[Stage]) -> list[dict[int, Value]]:
+    """Where all that is still to come depends on one activation: a dict for each boundary between two stages, from every
+    such position there (how many calls come before it) to that activation."""
     born: dict[Value, int] = {}
-    elements: dict[Value, int] = {}
     last_read: dict[Value, int] = {}
     for index, call in enumerate(recording.calls):
         last_read.update(dict.fromkeys(call.reads, index))
-        for value, size in call.writes.items():
+        for value in call.writes:
             born.setdefault(value, index)
-            elements.setdefault(value, size)
-    sizes = []
-    for cut in range(end + 1, start + 1):
-        alive = [value for value, read in last_read.items() if born[value] < cut <= read]
-        sizes += [elements[value] for value in alive] if len(alive) == 1 else []
-    return min(sizes, default=None)
+    spans = [_span(stage.tensors, recording) for stage in stages]
+    boundaries = []
+    for (_, end), (start, _) in pairwise(spans):
+        lone = {}
+        for position in range(end + 1, start + 1):
+            alive = [value for value, read in last_read.items() if born[value] < position <= read]
+            if len(alive) == 1:
+                lone[position] = alive[0]
+        boundaries.append(lone)
+    return boundaries
 
 
 def _modules_above(tensor: str) -> Iterator[str]:
