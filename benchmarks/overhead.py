@@ -1,74 +1,123 @@
-"""What a trial costs beside its training: CPU time per trivial trial, against Ray Tune with OptunaSearch.
+"""What a trial costs beside its training: CPU time per trivial trial of a 10,000-trial study, and memory that grows with it.
 
-Both sides run the same number of trials that do nothing but report one score, over the same four-dimensional space with
-TPE, at the same concurrency, on one local Ray. Frostline's side commits a Parquet row per trial. CPU time is that of the
-whole process tree (driver, study, raylet, workers) from start to end, less what starting and stopping Ray takes (measured
-with 20 trials). The ratio is theirs over ours.
+The trials do nothing but report one epoch. All else is real: TPE proposes them over four dimensions, they train together in
+packs, each of which is a Ray Tune trial, report to the study, and have an epoch and a row in its Parquet. Beside it is Ray
+Tune with OptunaSearch, reused actors and as many trials at once, over the same space, with fewer trials: its cost per trial
+grows with their number, and is not scaled. CPU time is that of the whole process tree (driver, study, raylet, workers)
+less what runs of 10 trials take (their median), which is start and stop. The ratio is our milliseconds of CPU per trial. Memory is what
+the study's process, and the driver's, grow by per trial, from a fifth of the trials on.
 
-    python benchmarks/overhead.py [--trials 1000] [--rounds 1]
+    python benchmarks/overhead.py [--trials 10000] [--theirs 1000] [--rounds 3] [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import math
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-SPACE = {"train.lr": (1e-5, 1e-2), "train.head_lr": (1e-4, 1e-1), "train.weight_decay": (1e-6, 1e-2)}
-DEPTHS = 4
+from _measure import say, tree_cpu_s
+
+WIDTHS = (0, 16, 32, 64, 128)
+SPACE = {"train.head_lr": (1e-4, 1e-1), "train.weight_decay": (1e-6, 1e-2), "train.label_smoothing": (1e-3, 0.3)}
+STARTUP = 10
 
 
-def score(values: dict[str, float]) -> float:
+def score(values: Mapping[str, float]) -> float:
     """A smooth function of the configuration, so that TPE has something to model."""
-    import math
-
-    return -abs(values["freeze.depth"] - 2) - sum(abs(math.log10(values[key]) + 3.5) for key in SPACE)
+    return -abs(WIDTHS.index(int(values["head.hidden"])) - 2) - sum(abs(math.log10(values[key]) + 2.5) for key in SPACE)
 
 
-def ours(trials: int) -> int:
-    """Run a Frostline study of trials that report once; answers the number of committed rows."""
+def ours(trials: int) -> dict[str, Any]:
+    """Run a study of trials that report once; how it ended, and how much memory it took on the way."""
     from frostline import results
+    from frostline.data import splits_table
+    from frostline.pack import Finish, Report
+    from frostline.prepare import prepare
     from frostline.rows import describe, summarise
-    from frostline.spec import configure
+    from frostline.spec import TrialSpec
+    from frostline.study import Snapshot
     from frostline.testing import toy_job
     from frostline.train import EpochRecord
-    from frostline.trial import Outcome, Report
+    from frostline.trial import Outcome
     from frostline.tune import TrialActor, run_tune
     from frostline.world import World
 
     class Trivial(TrialActor):
-        def run(self, report: Report) -> Outcome:
-            config = self.spec.config
-            depth = config.freeze.depth
-            value = score({"freeze.depth": depth, **{key: getattr(config.train, key[6:]) for key in SPACE}})
-            scores = {"accuracy": value, "balanced_accuracy": value, "macro_f1": value, "nll": -value}
-            record = EpochRecord(1, 0.0, scores, value, 0.0, 0.0, 0, 0.0, 0.0)
-            report(record)
-            row = {**describe(self.spec, World.here(self.spec.resources)), **summarise(self.spec, [record], "complete")}
-            return Outcome(row | {"seconds": 0.0, "device_s": 0.0})
+        def run(self, specs: Sequence[TrialSpec], report: Report, finish: Finish) -> None:
+            records, world = {}, World.here(specs[0].resources)
+            for spec in specs:
+                values = {"head.hidden": spec.config.head.hidden}
+                values |= {key: getattr(spec.config.train, key.removeprefix("train.")) for key in SPACE}
+                value = score(values)
+                scores = {"accuracy": value, "balanced_accuracy": value, "macro_f1": value, "nll": -value}
+                records[spec.trial_id] = EpochRecord(1, 0.0, scores, value, 0.0, 0.0, 0, 0.0, 0.0)
+            report(records)
+            finish(
+                {
+                    spec.trial_id: Outcome(
+                        describe(spec, world)
+                        | summarise(spec, [records[spec.trial_id]], "complete")
+                        | {"seconds": 0.0, "spent_s": 0.0}
+                    )
+                    for spec in specs
+                }
+            )
 
     space = {key: {"low": low, "high": high, "log": True} for key, (low, high) in SPACE.items()}
-    arms = {"freeze": {"strategy": "freeze_depth", "space": {"freeze.depth": "all", **space}}}
+    arms = {"probe": {"strategy": "linear_probe", "space": {"head.hidden": list(WIDTHS), **space}}}
+    options = ["search.pruner.kind=none", "search.defaults=false", "confirm.seeds=0", "train.epochs=1"]
     with tempfile.TemporaryDirectory() as folder:
         job = toy_job(
-            Path(folder) / "study",
-            [f"search.trials={trials}", "search.pruner.kind=none", "search.defaults=false", "confirm.seeds=0"],
-            arms=arms,
+            Path(folder) / "study", [f"search.trials={trials}", f"search.startup_trials={STARTUP}", *options], arms=arms
         )
-        assert configure(job, job.arms["freeze"], {"freeze.depth": 1})
-        facts = {"stages": [str(stage) for stage in range(DEPTHS)]}
-        run_tune(job, facts, results.SCHEMAS["splits"].empty_table(), who={}, show=lambda _: None, trainable=Trivial)
-        return results.read_trials(job.folder).num_rows
+        prepared = prepare(job)
+        sizes: list[tuple[int, int, int]] = []  # trials done, KiB of the study's process, KiB of this one
+
+        def weigh(snapshot: Snapshot) -> None:
+            holder = json.loads((job.folder / "lease.json").read_text() or "{}")
+            if "pid" in holder:  # not any more, once the study is closed
+                sizes.append((snapshot.done, resident_kib(holder["pid"]), resident_kib("self")))
+
+        run_tune(
+            prepared.job,
+            prepared.facts | {"cached_cuts": [len(prepared.backbone.stages)]},
+            splits_table(prepared.dataset),
+            who={},
+            show=weigh,
+            trainable=Trivial,
+        )
+        rows = results.read_trials(job.folder)
+        return {
+            "finished": rows.num_rows,
+            "packs": len(rows["pack"].unique()),
+            "fits": len(set(results.read_asks(job.folder)["batch"].to_pylist())),
+            "bytes_per_trial": [growth(sizes, trials, column) for column in (1, 2)],
+            "mib": [sizes[-1][column] / 1024 for column in (1, 2)],
+        }
 
 
-def theirs(trials: int) -> int:
-    """The same with a function trainable under Tune and OptunaSearch; answers the number of finished trials."""
+def resident_kib(pid: int | str) -> int:
+    """Resident memory of a process."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0])
+
+
+def growth(sizes: Sequence[tuple[int, int, int]], trials: int, column: int) -> float | None:
+    """Bytes per trial, from the first look after a fifth of the trials to the last; None without two such looks."""
+    later = [size for size in sizes if size[0] >= trials / 5]
+    if len(later) < 2 or later[-1][0] == later[0][0]:
+        return None
+    return 1024 * (later[-1][column] - later[0][column]) / (later[-1][0] - later[0][0])
+
+
+def theirs(trials: int) -> dict[str, Any]:
+    """The same with a function trainable under Tune and OptunaSearch."""
     import ray
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
@@ -82,7 +131,7 @@ def theirs(trials: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = tune.Tuner(
             trivial,
-            param_space={"freeze.depth": tune.randint(0, DEPTHS + 1), **space},
+            param_space={"head.hidden": tune.choice(WIDTHS), **space},
             tune_config=tune.TuneConfig(
                 metric="score",
                 mode="max",
@@ -94,69 +143,55 @@ def theirs(trials: int) -> int:
             run_config=tune.RunConfig(storage_path=folder, verbose=0),
         ).fit()
     ray.shutdown()
-    return len(found)
+    return {"finished": len(found)}
 
 
-def tree_cpu_s(command: list[str]) -> tuple[float, float, int]:
-    """Run a command: CPU seconds of it and all it started, wall seconds, and the number that it printed last."""
-    started, before = time.perf_counter(), os.times()
-    # Ray's processes are reaped by their parents, so their CPU time reaches us through the children's counters only if
-    # every one of them has been waited for; a subreaper makes this process the parent of those that outlive theirs.
-    import ctypes
-
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    while True:
-        try:
-            os.wait()
-        except ChildProcessError:
-            break
-    after = os.times()
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return cpu, time.perf_counter() - started, int(done.stdout.split()[-1])
-
-
-def per_trial_ms(side: str, trials: int) -> tuple[float, float]:
-    """CPU and wall milliseconds per trial of one side, start and stop taken off."""
-    few = 20
-    base_cpu, base_wall, _ = tree_cpu_s([sys.executable, __file__, "--side", side, "--trials", str(few)])
-    cpu, wall, finished = tree_cpu_s([sys.executable, __file__, "--side", side, "--trials", str(trials)])
-    assert finished == trials, f"{side}: {finished} of {trials} trials finished"
-    return 1e3 * (cpu - base_cpu) / (trials - few), 1e3 * (wall - base_wall) / (trials - few)
+def measure(side: str, trials: int) -> dict[str, Any]:
+    """CPU and wall seconds of a whole run of one side, and what the side says."""
+    cpu, wall, said = tree_cpu_s([sys.executable, __file__, "--side", side, "--trials", str(trials)])
+    assert said["finished"] == trials, f"{side}: {said['finished']} of {trials} trials finished"
+    print(f"{side}, {trials} trials: {cpu:.1f} s CPU, {wall:.1f} s wall, {said}", file=sys.stderr)
+    return {"cpu_s": cpu, "wall_s": wall, **said}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--trials", type=int, default=10_000)
+    parser.add_argument("--theirs", type=int, default=1000, help="trials of Ray Tune with OptunaSearch")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="300 trials of ours, 30 of theirs, one round")
     parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        print({"ours": ours, "theirs": theirs}[arguments.side](arguments.trials))
+        print(json.dumps({"ours": ours, "theirs": theirs}[arguments.side](arguments.trials)))
         return
-    ratios, found = [], {"ours": [], "theirs": []}
-    for number in range(arguments.rounds):
-        for side, figures in found.items():
-            figures.append(per_trial_ms(side, arguments.trials))
-            print(f"round {number + 1}, {side}: {figures[-1][0]:.1f} ms CPU, {figures[-1][1]:.1f} ms wall per trial")
-        ratios.append(found["theirs"][-1][0] / found["ours"][-1][0])
-    print(
-        json.dumps(
-            {
-                "name": "overhead",
-                "ratio": round(statistics.median(ratios), 2),
-                "min": round(min(ratios), 2),
-                "max": round(max(ratios), 2),
-                "rounds": arguments.rounds,
-                "counts": {"trials": arguments.trials},
-                "ours_cpu_ms": [round(cpu, 2) for cpu, _ in found["ours"]],
-                "theirs_cpu_ms": [round(cpu, 2) for cpu, _ in found["theirs"]],
-                "ours_wall_ms": [round(wall, 2) for _, wall in found["ours"]],
-                "theirs_wall_ms": [round(wall, 2) for _, wall in found["theirs"]],
-            }
-        )
+    trials, other, rounds = (300, 30, 1) if arguments.quick else (arguments.trials, arguments.theirs, arguments.rounds)
+    sizes = {"ours": trials, "theirs": other}
+    idle: dict[str, list[dict[str, Any]]] = {side: [] for side in sizes}
+    whole: dict[str, list[dict[str, Any]]] = {side: [] for side in sizes}
+    for _ in range(rounds):
+        for side, size in sizes.items():
+            idle[side].append(measure(side, STARTUP))
+            whole[side].append(measure(side, size))
+
+    def per_trial_ms(side: str, clock: str) -> list[float]:
+        start_and_stop = statistics.median(each[clock] for each in idle[side])
+        return [1e3 * (each[clock] - start_and_stop) / (sizes[side] - STARTUP) for each in whole[side]]
+
+    cpu_ms, last = per_trial_ms("ours", "cpu_s"), whole["ours"][-1]
+    say(
+        "overhead",
+        {
+            "ratio": statistics.median(cpu_ms),
+            "min": min(cpu_ms),
+            "max": max(cpu_ms),
+            "rounds": rounds,
+            "counts": {"trials": trials, "packs": last["packs"], "fits": last["fits"], "theirs_trials": other},
+            "theirs_cpu_ms": statistics.median(per_trial_ms("theirs", "cpu_s")),
+            "wall_ms": {side: statistics.median(per_trial_ms(side, "wall_s")) for side in sizes},
+            "bytes_per_trial": dict(zip(("study", "driver"), last["bytes_per_trial"], strict=True)),
+            "mib": dict(zip(("study", "driver"), last["mib"], strict=True)),
+        },
     )
 
 

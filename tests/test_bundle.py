@@ -22,16 +22,17 @@ READ = """
 import sys, numpy as np, torch
 from frostline.bundle import load_bundle
 from frostline.data import load_data
-from frostline.backbone import load_backbone
-from frostline.features import image_fetch
+from frostline.features import Feed
 from frostline.metrics import probabilities
 from frostline.spec import TrialSpec
 from frostline.train import Batches, predict
+from frostline.trial import origin_of
+from frostline.world import World
 torch.set_num_threads(1)
 network, about = load_bundle(sys.argv[1])
 spec = TrialSpec.model_validate(about["spec"])
 data = load_data(spec.data, spec.seeds.split)
-images = image_fetch(load_backbone(spec.backbone, image_size=spec.data.image_size), data, torch.device("cpu"))
+images = Feed().images(origin_of(spec, World.here(spec.resources)))
 test = data.indices("test")
 np.save(sys.argv[2], probabilities(predict(network, Batches(images, test, torch.from_numpy(data.labels[test])))))
 """

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import time
 import tomllib
 from pathlib import Path
 
@@ -12,9 +15,10 @@ from PIL import Image
 
 from frostline import results
 from frostline.cli import build_parser, main
+from frostline.store import Store, key_of
 from frostline.testing import TOY_BACKBONE, image_folder
 
-COMMANDS = ("search", "plan", "results", "schema", "init")
+COMMANDS = ("search", "plan", "results", "features", "schema", "init")
 SMALL = ["search.trials=2", "train.epochs=2", "confirm.seeds=1", "data.image_size=16", "data.per_class=10"]
 TOY = [*SMALL, f"backbone.name={TOY_BACKBONE}", "backbone.weights=random"]
 
@@ -117,6 +121,100 @@ def test_a_job_without_arms_has_nothing_to_search(capsys: pytest.CaptureFixture[
 def test_results_of_what_is_no_study(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["results", "nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def stored(backbone: str, cut: int, view: int | None, images: int, root: str = "results/features") -> str:
+    """Put activations into a store, and answer their key."""
+    about = {"backbone": backbone, "cut": cut, "dtype": "float16", "view": None if view is None else {"view": view}}
+    rows = np.arange(images * 24, dtype=np.float16).reshape(images, 24)
+    Store(root).put(key_of(about), about, np.arange(images), rows)
+    return key_of(about)
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Its lines, which fit 100 columns unless they end with a path."""
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 100 for line in lines if str(Path.cwd()) not in line)
+    return [" ".join(line.split()) for line in lines]
+
+
+def test_features_of_a_search_are_listed_verified_and_cleaned(capsys: pytest.CaptureFixture[str], job: str) -> None:
+    assert main(["search", job, *TOY, "features.cache=all", "augment.views=2", "--inline"]) == 0
+    capsys.readouterr()
+    assert main(["features", "list"]) == 0
+    lines = shown(capsys)
+    assert "backbone cut view images MB dtype last used key" in lines
+    assert any(line.startswith(f"{TOY_BACKBONE} 3 1 100 0.01 float32 ") for line in lines)
+    assert main(["features", "verify"]) == 0
+    assert "every byte is as it was written" in shown(capsys)
+    assert main(["features", "clean"]) == 0
+    assert re.fullmatch(r"deleted \d+ entries, .*[kM]B in .*/results/features", shown(capsys)[-1])
+    assert main(["features", "list"]) == 0
+    assert shown(capsys)[-1].startswith("0 entries, 0 bytes in ")
+
+
+def test_features_say_what_network_cut_and_view_they_are_of(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "timm/vit_base_patch16_clip_quickgelu_224.dfn2b_and_more"
+    keys = stored(long, 12, None, 1500), stored("torchvision/resnet18\x1b[31m", 3, 4, 20)
+    assert main(["features", "verify"]) == 0
+    table = "\n".join(shown(capsys))
+    assert re.search(rf"12 1500 0\.\d+ float16 \d{{4}}-\d\d-\d\d \d\d:\d\d {keys[0]} intact", table)
+    assert re.search(rf"3 4 20 [\d.]+ float16 \S+ \S+ {keys[1]} intact", table)
+    assert "2 entries, " in table
+    assert "\x1b" not in table
+
+
+def test_damaged_features_are_named_and_exit_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    damaged, whole = stored("a", 1, None, 30), stored("b", 2, None, 30)
+    (rows,) = Path("results/features", damaged).glob("*.rows")
+    content = bytearray(rows.read_bytes())
+    content[7] ^= 1
+    rows.chmod(0o644)
+    rows.write_bytes(content)
+    assert main(["features", "list"]) == 0
+    capsys.readouterr()
+    assert main(["features", "verify"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines if damaged in line and rows.name not in line] == ["damaged"]
+    assert [line.split()[-1] for line in lines if whole in line] == ["intact"]
+    assert any(line.startswith(str(rows.absolute())) for line in lines)
+    assert lines[-1] == "a search that reads them makes what is damaged anew"
+
+
+def test_clean_keeps_what_is_held_or_recent(capsys: pytest.CaptureFixture[str]) -> None:
+    held, old, new = (stored(name, 1, None, 8) for name in ("held", "old", "new"))
+    long_ago = time.time() - 40 * 86_400
+    for key in (held, old):
+        os.utime(Path("results/features", key, "used"), (long_ago, long_ago))
+    with Store("results/features").hold([held]):
+        os.utime(Path("results/features", held, "used"), (long_ago, long_ago))
+        assert main(["features", "clean", "--unused-days", "30"]) == 0
+        assert {entry.key for entry in Store("results/features").entries()} == {held, new}
+        said = shown(capsys)
+        assert said[0].startswith("deleted 1 entry, ")
+        assert re.fullmatch(r"kept 2 entries, .*, in use or used within 30 days", said[1])
+        assert main(["features", "clean"]) == 0
+        assert re.fullmatch(r"kept 1 entry, .*, in use", shown(capsys)[-1])
+    assert main(["features", "clean"]) == 0
+    assert not [*Path("results/features").iterdir()]
+
+
+def test_a_feature_store_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").write_text("")
+    for root in ("nowhere", "file"):
+        for what in ("list", "verify", "clean"):
+            assert main(["features", what, root]) == 2
+            assert re.search(rf"{root} is not a folder.*features.path", capsys.readouterr().err)
+    assert main(["features", "list", "ftp://host/features"]) == 2
+    assert "no file system is known for ftp://" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["clean", "--unused-days", "-1"], ["list", "--unused-days"], ["prune"]])
+def test_features_refuse_what_they_cannot_honour(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["features", *arguments])
+    assert left.value.code == 2
+    assert arguments[-1] in capsys.readouterr().err
 
 
 def photographs(root: Path) -> Path:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from rich.console import Console
 from frostline import results
 from frostline.api import search
 from frostline.backbone import stage_table
+from frostline.costs import StageTimes, alone_seconds
 from frostline.estimate import (
     BUNDLE_BYTES,
     EPOCH_BYTES,
@@ -24,15 +29,14 @@ from frostline.estimate import (
     Cost,
     Estimate,
     Sizes,
-    StepCosts,
-    affordable_batch,
     arm_cuts,
-    cuts_to_time,
+    cut_choices,
     estimate,
     expected_epochs,
+    expected_reads,
+    facts_of,
     local_slots,
-    measure,
-    step_seconds,
+    stage_times,
 )
 from frostline.plan import render_plan
 from frostline.prepare import prepare
@@ -42,13 +46,23 @@ from frostline.stages import StageCost
 from frostline.testing import image_folder, toy_job
 
 STAGES = tuple(
-    StageCost(name, parameters, parameters / 1000, 0, share, None)
+    StageCost(name, parameters, parameters / 1000, 0, share, 40)
     for name, parameters, share in (("stem", 100, 0.5), ("body", 300, 0.25), ("neck", 600, 0.25))
 )
 SIZES = Sizes(n_train=100, n_val=20, n_test=50, classes=10, feature_dim=8, pixels_bytes=12345)
-COSTS = StepCosts(
-    device="cpu", hardware="a machine", threads=1, batch_size=32, forward_s=0.01, steps={0: 0.1, 2: 0.05, 3: 0.001}, start_s=2.0
-)  # fmt: skip
+TIMES = StageTimes(
+    device="cpu",
+    hardware="a machine",
+    threads=1,
+    batch=32,
+    prefix_s={0: 0.0, 1: 0.005, 2: 0.0075, 3: 0.01},
+    step_s={0: 0.1, 1: 0.06, 2: 0.05, 3: 0.001},
+    view_s=0.0,
+    read_bytes_per_s=100_000.0,
+    start_s=2.0,
+)
+READ = 32 / TIMES.read_bytes_per_s  # seconds, of 8 features
+HEADS = {3: 32}
 
 
 def job_with(arms: dict[str, Any], overrides: list[str], **sections: Any) -> Job:
@@ -59,8 +73,9 @@ def depths(*choices: Any, **space: Any) -> dict[str, Any]:
     return {"strategy": "freeze_depth", "space": {"freeze.depth": list(choices), **space}}
 
 
-def priced(job: Job, costs: StepCosts = COSTS, slots: int = 1) -> Estimate:
-    return estimate(job, STAGES, SIZES, costs, slots)
+def priced(job: Job, stored: Mapping[int, int] | None = None, times: StageTimes = TIMES, slots: int = 1) -> Estimate:
+    heads = HEADS if any(3 in arm_cuts(job, arm, 3) for arm in job.arms.values()) else {}
+    return estimate(job, STAGES, SIZES, times, slots, heads if stored is None else stored)
 
 
 def close(cost: Cost, forward: float, backward: float, device_s: float, wall_s: float) -> bool:
@@ -79,15 +94,20 @@ def test_one_live_depth_costs_its_steps_its_validation_and_its_start() -> None:
     assert found.expected == found.at_most
 
 
-def test_heads_train_on_features_that_each_process_extracts_once() -> None:
+def test_heads_read_what_was_extracted_once() -> None:
     job = job_with(
         {"a": {"strategy": "linear_probe"}},
         ["search.trials=4", "train.epochs=3", "search.pruner.kind=none", "confirm.seeds=0"],
     )
-    heads = 4 * (2 + 3 * 120 * 0.001)
-    for slots, processes in ((1, 1), (2, 2), (8, 4)):  # a fifth process would have no trial
-        seconds = heads + processes * 120 * 0.01
-        assert close(priced(job, slots=slots).at_most, processes * 120, 0, seconds, seconds / processes)
+    heads = 4 * (2 + 3 * (100 * 0.001 + 120 * READ))
+    seconds = heads + 120 * (0.01 + READ)  # extracted and written
+    for slots in (1, 2, 4):
+        found = priced(job, slots=slots)
+        assert close(found.at_most, 120, 0, seconds, seconds / slots)
+        assert found.disk["features"] == 120 * 32
+    live = 4 * (2 + 3 * (100 * 0.011 + 20 * 0.01))
+    assert close(priced(job, {}).at_most, 4 * 3 * 120, 0, live, live)
+    assert priced(job, {}).disk["features"] == 0
 
 
 def test_expected_is_the_mean_over_depths_stopped_early_and_at_most_is_the_dearest_depth_to_its_end() -> None:
@@ -96,38 +116,78 @@ def test_expected_is_the_mean_over_depths_stopped_early_and_at_most_is_the_deare
     )
     # rungs at 1 and 2 epochs: 1 + 1 / 2 + 2 / 4
     found = priced(job)
-    extracted = 120 * 0.01
-    live, head = 2 + 2 * (100 * 0.1 + 20 * 0.01), 2 + 2 * 120 * 0.001
-    live_full, head_full = 2 + 4 * (100 * 0.1 + 20 * 0.01), 2 + 4 * 120 * 0.001
-    live_final = live_full + 50 * 0.01  # test
-    head_final = head_full + 150 * 0.01  # test, and a fresh subset of train
-    expected = 6 * (live + head) / 2 + extracted + 2 * (live_final + head_final) / 2
-    at_most = 6 * live_full + extracted + 2 * live_final
-    forward = 6 * 2 * 120 / 2 + 120 + 2 * (4 * 120 + 50 + 150) / 2
+    extracted = (120 + 50 + 2 * 100) * (0.01 + READ)  # test, and two fresh subsets of train
+    live, head = (2 + epochs * (100 * 0.1 + 20 * 0.01) for epochs in (2, 4)), 100 * 0.001 + 120 * READ
+    stopped, full = live
+    expected = 6 * (stopped + 2 + 2 * head) / 2 + extracted + 2 * (full + 50 * 0.01 + 2 + 4 * head + 50 * READ) / 2
+    at_most = 6 * full + extracted + 2 * (full + 50 * 0.01)
+    forward = 6 * 2 * 120 / 2 + 370 + 2 * (4 * 120 + 50) / 2
     assert close(found.expected, forward, 6 * 2 * 100 / 2 + 2 * 4 * 100 / 2, expected, expected)
-    assert close(found.at_most, 6 * 4 * 120 + 120 + 2 * (4 * 120 + 50), 8 * 4 * 100, at_most, at_most)
+    assert close(found.at_most, 6 * 4 * 120 + 370 + 2 * (4 * 120 + 50), 8 * 4 * 100, at_most, at_most)
 
 
 def test_without_per_class_a_confirmation_trains_on_features_that_are_there() -> None:
     job = job_with({"a": {"strategy": "linear_probe"}}, ["search.trials=1", "train.epochs=1"], data={"path": "digits"})
-    assert priced(job).at_most.images_forward == 120 + 2 * 50
+    assert priced(job).at_most.images_forward == 120 + 50
+
+
+def test_a_trial_costs_what_it_would_take_alone() -> None:
+    base = ["search.trials=1", "train.epochs=3", "search.pruner.kind=none", "confirm.seeds=0", "augment.views=live"]
+    times = replace(TIMES, view_s=0.003)
+    for cut in range(4):
+        job = job_with({"a": depths(cut)}, base)
+        assert priced(job, {}, times).expected.device_s == pytest.approx(alone_seconds(times, cut, 3, 100, 20, 0))
+
+
+def test_views_are_stored_each_and_made_once_or_always() -> None:
+    base = ["search.trials=1", "train.epochs=6", "search.pruner.kind=none", "confirm.seeds=0"]
+    times, probe = replace(TIMES, view_s=0.003), {"a": {"strategy": "linear_probe"}}
+    fixed = priced(job_with(probe, [*base, "augment.views=4"]), times=times)
+    extraction = 420 * (0.01 + READ) + 400 * 0.003
+    assert close(fixed.at_most, 420, 0, *[2 + 6 * (100 * 0.001 + 120 * READ) + extraction] * 2)
+    live = priced(job_with(probe, [*base, "augment.views=live"]), times=times)
+    seconds = 2 + 6 * (100 * (0.003 + 0.01 + 0.001) + 20 * READ) + 20 * (0.01 + READ)  # val alone is stored
+    assert close(live.at_most, 6 * 100 + 20, 0, seconds, seconds)
+    assert live.disk["features"] == 20 * 32
+
+
+def test_images_pass_once_to_the_deepest_stored_cut() -> None:
+    job = job_with({"a": depths(1, 2)}, ["search.trials=2", "train.epochs=1", "confirm.seeds=0"])
+    extraction = 120 * (0.0075 + 64 / TIMES.read_bytes_per_s)
+    found = priced(job, {1: 40, 2: 24})
+    trials = [
+        2 + 100 * (size / 1e5 + TIMES.step_s[cut]) + 20 * (size / 1e5 + 0.01 - TIMES.prefix_s[cut])
+        for cut, size in ((1, 40), (2, 24))
+    ]
+    assert close(found.expected, 120, 200, *[sum(trials) + extraction] * 2)
+    assert found.disk["features"] == 120 * 64
+
+
+def test_reads_are_the_trials_and_epochs_that_a_cut_can_expect() -> None:
+    base = ["search.trials=12", "train.epochs=4", "search.pruner.kind=none"]
+    job = job_with({"a": depths(1, 2, 3), "b": {"strategy": "linear_probe"}}, base)
+    assert expected_reads(job, 3) == pytest.approx({1: 8, 2: 8, 3: 8 + 24})
+    views = job_with({"a": depths(1, 2, 3)}, [*base, "augment.views=4"])
+    assert expected_reads(views, 3) == pytest.approx({1: 4, 2: 4, 3: 4})
+    stopped = job_with({"a": depths(3)}, ["search.trials=12", "train.epochs=3", "search.pruner.factor=3"])
+    assert expected_reads(stopped, 3) == pytest.approx({3: 12 * (1 + 2 / 3)})
 
 
 def test_arms_share_the_trials_and_finalists_are_one_or_one_of_each() -> None:
     arms = {"full": {"strategy": "full"}, "probe": {"strategy": "linear_probe"}}
     overrides = ["search.trials=6", "train.epochs=2", "search.pruner.kind=none", "confirm.seeds=3"]
-    live, head = 2 + 2 * 10.2, 2 + 2 * 0.12
-    search_s = 3 * live + 3 * head + 2 * 1.2
+    live, head = 2 + 2 * 10.2, 2 + 2 * (0.1 + 120 * READ)
+    search_s = 3 * live + 3 * head + (120 + 50 + 3 * 100) * (0.01 + READ)
 
     best = priced(job_with(arms, overrides), slots=2)
     assert (best.trials, best.confirmations) == (6, 3)
     assert best.at_most.device_s == pytest.approx(search_s + 3 * (live + 0.5))
-    assert best.expected.device_s == pytest.approx(search_s + 3 * (live + 0.5 + head + 1.5) / 2)
+    assert best.expected.device_s == pytest.approx(search_s + 3 * (live + 0.5 + head + 50 * READ) / 2)
     assert best.at_most.wall_s == pytest.approx(search_s / 2 + 2 * (live + 0.5))  # 3 confirmations: 2, then 1
 
     each = priced(job_with(arms, overrides, confirm={"seeds": 3, "finalists": "arms"}), slots=2)
     assert each.confirmations == 6
-    assert each.at_most.device_s == pytest.approx(search_s + 3 * (live + 0.5 + head + 1.5))
+    assert each.at_most.device_s == pytest.approx(search_s + 3 * (live + 0.5 + head + 50 * READ))
     assert each.expected == each.at_most
 
 
@@ -144,36 +204,34 @@ def test_searched_epochs_count_as_their_mean_and_at_most_as_their_largest() -> N
     assert priced(job_with({"a": depths(0, **log)}, base)).expected.images_backward == pytest.approx(2149.76, abs=0.01)
 
 
-def test_recalibration_is_a_pass_over_train_and_a_probe_start_its_own_time() -> None:
+def test_recalibration_and_a_probe_start_are_passes_over_train() -> None:
     base = ["search.trials=1", "train.epochs=1", "search.pruner.kind=none", "confirm.seeds=0"]
     plain = priced(job_with({"a": depths(0)}, base))
-    some = priced(job_with({"a": depths(0, **{"freeze.norm": ["frozen", "recalibrate"]})}, base))
-    assert some.expected.images_forward - plain.expected.images_forward == 50
-    assert some.at_most.images_forward - plain.at_most.images_forward == 100
-    costs = StepCosts(**{**vars(COSTS), "probe_s": 7.0})
-    probed = priced(job_with({"a": depths(0, **{"head.init": ["random", "probe"]})}, base), costs)
-    assert probed.expected.device_s - plain.expected.device_s == pytest.approx(3.5 + 120 * 0.01)
-    assert probed.at_most.device_s - plain.at_most.device_s == pytest.approx(7 + 120 * 0.01)
+    for key, choices in (("freeze.norm", ["frozen", "recalibrate"]), ("head.init", ["random", "probe"])):
+        some = priced(job_with({"a": depths(0, **{key: choices})}, base))
+        assert some.expected.images_forward - plain.expected.images_forward == 50
+        assert some.at_most.images_forward - plain.at_most.images_forward == 100
+        assert some.at_most.device_s - plain.at_most.device_s == pytest.approx(100 * 0.01)
+    heads = priced(job_with({"a": depths(3)}, base))
+    probed = priced(job_with({"a": depths(3, **{"head.init": ["probe"]})}, base))
+    assert probed.at_most.images_forward == heads.at_most.images_forward
+    assert probed.at_most.device_s - heads.at_most.device_s == pytest.approx(100 * READ)
+    assert priced(job_with({"a": depths(3, **{"freeze.norm": ["recalibrate"]})}, base)) == heads  # all is frozen
 
 
 def test_disk_counts_files_rows_predictions_and_the_tensors_that_can_train() -> None:
     job = job_with(
         {"a": depths(1, **{"head.hidden": [0, 16]})}, ["search.trials=10", "train.epochs=3", "confirm.seeds=2"]
     )
-    costs = StepCosts(**{**vars(COSTS), "forward_s": 0.0, "steps": {1: 0.0}, "start_s": 0.4})
-    assert priced(job, costs).disk == {  # 12 trials in 4.8 s are 3 commits, and one for the last of them
+    times = replace(TIMES, prefix_s=dict.fromkeys(range(4), 0.0), step_s=dict.fromkeys(range(4), 0.0), start_s=0.4)
+    assert priced(job, times=times).disk == {  # 12 trials in 4.8 s are 3 commits, and one for the last of them
         "rows": 4 * PART_BYTES + 12 * TRIAL_BYTES + 36 * EPOCH_BYTES + 170 * SAMPLE_BYTES,
         "predictions": 100 * (40 + PREDICTION_BYTES),
         "bundle": 4 * (900 + 8 * 16 + 16 * 10) + BUNDLE_BYTES,
         "pixels": 12345,
+        "features": 0,
     }
-    assert priced(job_with({"a": depths(1)}, ["confirm.seeds=0"]), costs).disk["bundle"] == 0
-
-
-def test_between_timed_cuts_a_step_is_linear_in_the_share_of_flops_behind_it() -> None:
-    assert [step_seconds(cut, STAGES, COSTS) for cut in range(4)] == pytest.approx(
-        [0.1, 0.1 - 0.05 * 2 / 3, 0.05, 0.001]
-    )
+    assert priced(job_with({"a": depths(1)}, ["confirm.seeds=0"]), times=times).disk["bundle"] == 0
 
 
 @pytest.mark.parametrize(
@@ -219,21 +277,6 @@ def test_an_arm_draws_these_cuts(arm: dict[str, Any], cuts: list[int]) -> None:
     assert arm_cuts(job, job.arms["a"], 3) == cuts
 
 
-def test_cuts_to_time_hold_both_ends_and_the_head() -> None:
-    assert cuts_to_time({0, 1, 2, 3, 4, 5, 6, 7, 8}, 8) == [0, 4, 7, 8]
-    assert cuts_to_time({6, 1, 3}, 8) == [1, 3, 6]
-    assert cuts_to_time({8}, 8) == [8]
-
-
-@given(st.integers(1, 512), st.floats(1e-6, 100), st.integers(0, 3))
-def test_batches_to_time_are_never_larger_than_asked_nor_one_where_two_are(
-    wanted: int, image_s: float, cuts: int
-) -> None:
-    batch = affordable_batch(wanted, image_s, cuts)
-    assert min(2, wanted) <= batch <= wanted
-    assert batch <= affordable_batch(wanted, image_s / 2, cuts)
-
-
 def test_slots_are_what_a_local_ray_would_hold() -> None:
     assert local_slots(Resources(), cores=6, gpus=0) == 6
     assert local_slots(Resources(cpus=4), cores=6, gpus=0) == 1
@@ -243,21 +286,41 @@ def test_slots_are_what_a_local_ray_would_hold() -> None:
     assert local_slots(Resources(gpus=0.25), cores=6, gpus=1) == 4
 
 
-def test_the_real_loop_is_timed_at_the_cuts_that_the_job_can_draw(tmp_path: Path) -> None:
-    costs = measure(prepare(toy_job(tmp_path, ["train.ema=0.9", "train.batch_size=16"])))
-    assert sorted(costs.steps) == [0, 1, 2, 3]
-    assert (costs.device, costs.threads, costs.batch_size, costs.probe_s) == ("cpu", 1, 16, 0.0)
-    assert 0 < costs.forward_s < 0.1
-    assert 0 < costs.steps[3] < costs.steps[0] < 0.1
-    assert 0 < costs.start_s < 1
-    arms = {"a": depths(1, **{"head.init": ["random", "probe"]})}
-    probed = measure(prepare(toy_job(tmp_path, arms=arms)))
-    assert list(probed.steps) == [1]
-    assert probed.probe_s > 0
+def test_stages_are_timed_at_what_the_arms_may_draw(tmp_path: Path) -> None:
+    times = stage_times(prepare(toy_job(tmp_path, ["train.ema=0.9", "train.batch_size=16"])))
+    assert [*times.prefix_s] == [*times.step_s] == [0, 1, 2, 3]
+    assert times.batch == 16
+    searched = {"a": depths(1, **{"train.batch_size": [8, 16], "head.hidden": [0, 9]})}
+    times = stage_times(prepare(toy_job(tmp_path, arms=searched)))
+    assert [*times.prefix_s] == [1, 3]
+    assert times.batch == 12
+
+
+def test_facts_say_what_is_stored_and_what_that_was_decided_by(tmp_path: Path) -> None:
+    facts = facts_of(prepare(toy_job(tmp_path, ["features.cache=all"])))
+    assert facts["cached_cuts"] == [1, 2, 3]
+    assert facts["stage_times"]["device"] == "cpu"
+    assert facts["stages"] == ["stem", "block1", "block2"]
+    assert facts_of(prepare(toy_job(tmp_path, ["features.cache=none"])))["cached_cuts"] == []
+    json.dumps(facts)
+
+
+def test_what_is_stored_follows_dtype_views_and_budget(tmp_path: Path) -> None:
+    def sizes(*overrides: str) -> dict[int, int | None]:
+        prepared = prepare(toy_job(tmp_path, ["features.cache=all", *overrides]))
+        choices = cut_choices(prepared, stage_times(prepared))
+        return {choice.cut: choice.image_bytes for choice in choices if choice.stored}
+
+    assert sizes() == {1: 2048, 2: 1024, 3: 96}
+    assert sizes("features.dtype=float16") == {1: 1024, 2: 512, 3: 48}
+    images = 100 + 270  # train and val
+    assert sizes(f"features.budget_gb={images * 96 / 1e9}") == {3: 96}
+    assert sizes(f"features.budget_gb={images * 96 / 1e9}", "augment.views=2") == {}
+    assert 3 in sizes(f"features.budget_gb={470 * 96 / 1e9}", "augment.views=2")
 
 
 def test_a_search_stays_within_the_images_and_bytes_of_its_estimate(tmp_path: Path) -> None:
-    job = toy_job(tmp_path / "study", ["search.trials=9"])
+    job = toy_job(tmp_path / "study", ["search.trials=9", "features.cache=all"])
     prepared = prepare(job)
     dataset = prepared.dataset
     sizes = Sizes(
@@ -268,14 +331,20 @@ def test_a_search_stays_within_the_images_and_bytes_of_its_estimate(tmp_path: Pa
         feature_dim=24,
         pixels_bytes=dataset.pixels.nbytes,
     )
-    costs = measure(prepared)
-    found = estimate(prepared.job, stage_table(prepared.backbone, 16), sizes, costs, slots=1)
+    times, stored = stage_times(prepared), {1: 2048, 2: 1024, 3: 96}
+    found = estimate(prepared.job, stage_table(prepared.backbone, 16), sizes, times, 1, stored)
     study = search(job, inline=True, console=Console(file=io.StringIO()))
-    rows = results.read_trials(study).to_pylist()
+    rows, extractions = results.read_trials(study).to_pylist(), results.read_extractions(study).to_pylist()
     assert len(rows) == found.trials + found.confirmations
-    for name in ("images_forward", "images_backward"):
-        assert sum(row[name] for row in rows) <= getattr(found.at_most, name)
-    tables = ("asks", "epochs", "trials", "splits.parquet")
+    forward = sum(row["images_forward"] for row in rows) + sum(row["images"] for row in extractions)
+    assert sizes.n_train + sizes.n_val <= forward <= found.at_most.images_forward
+    assert sum(row["images_backward"] for row in rows) <= found.at_most.images_backward
+    assert sum(row["bytes"] for row in extractions) <= found.disk["features"]
+    for row in rows:
+        test = row["n_test"] or 0
+        alone_s = alone_seconds(times, row["freeze_depth"], row["epochs"], row["n_train"], row["n_val"], test)
+        assert row["alone_s"] == pytest.approx(alone_s)
+    tables = ("asks", "epochs", "extractions", "trials", "splits.parquet")
     assert _bytes_in(study, tables) <= found.disk["rows"] <= 4 * _bytes_in(study, tables)
     assert _bytes_in(study, ["predictions"]) <= found.disk["predictions"] <= 2 * _bytes_in(study, ["predictions"])
     assert _bytes_in(study, ["bundle"]) <= found.disk["bundle"] <= 2 * _bytes_in(study, ["bundle"])
@@ -310,6 +379,8 @@ def test_a_plan_fits_100_columns_and_says_what_it_stands_on(tmp_path: Path) -> N
     ):
         assert part in lines
     assert "1 in 3 goes on at each rung" in text
+    cut = next(line for line in lines if line.startswith("3 ") and "stored" in line)
+    assert re.fullmatch(r"3 (not )?stored [\d.]+x 0\.1 .+", cut), cut
     assert not (tmp_path / "study").exists()
 
 
@@ -318,6 +389,17 @@ def test_a_job_without_arms_gets_its_stage_table(tmp_path: Path) -> None:
     assert "block2" in text
     assert "There is nothing to search" in text
     assert "at most" not in text
+
+
+def test_a_plan_says_of_each_cut_whether_it_is_stored_and_why(tmp_path: Path) -> None:
+    text = plan(toy_job(tmp_path / "study", ["features.cache=none"]))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "depth activations gain image why" in lines
+    for cut, size in ((1, "2.0"), (2, "1.0"), (3, "0.1")):
+        (line,) = (line for line in lines if re.match(rf"{cut} not stored", line))
+        assert re.fullmatch(rf'{cut} not stored [\d.]+x {re.escape(size)} features.cache = "none"', line)
+    full = plan(toy_job(tmp_path / "study", arms={"a": {"strategy": "full"}}))
+    assert "activations" not in full
 
 
 def test_names_are_shown_as_they_are(tmp_path: Path) -> None:

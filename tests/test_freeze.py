@@ -83,7 +83,6 @@ def train(network: Network, applied: object, size: int, **settings: object) -> N
         val=data,
         metric="accuracy",
         seeding=Seeding(0, 0),
-        head_only=False,
         autocast=None,
     ):
         pass
@@ -225,7 +224,7 @@ def test_the_audit_finds_a_gradient_where_none_may_be(toy: Backbone) -> None:
         check_masks(network, applied, build_optimizer(network, applied, Train()))
     network(torch.randn(2, 3, 16, 16)).sum().backward()
     with pytest.raises(FreezeError, match=r"gradients and the freeze plan differ on backbone\.stem\.0\.weight"):
-        check_gradients(network, applied, head_only=False)
+        check_gradients(network, applied)
 
 
 def test_the_audit_finds_a_moved_buffer(toy: Backbone) -> None:
@@ -284,7 +283,7 @@ def test_recalibration_gives_the_statistics_of_the_data(toy: Backbone) -> None:
     applied = apply_plan(freezing(toy, 0, "recalibrate"), network, toy)
     data = batches(16, samples=32)
     recalibrate(network, applied, data, seed=0)
-    seen = network.backbone.stem[0](data.fetch(data.samples))
+    seen = network.backbone.stem[0](data.fetch(data.samples, 1))
     torch.testing.assert_close(network.backbone.stem[1].running_mean, seen.mean(dim=(0, 2, 3)))
     torch.testing.assert_close(network.backbone.stem[1].running_var, seen.var(dim=(0, 2, 3)))
     assert network.backbone.stem[1].momentum == 0.1

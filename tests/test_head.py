@@ -1,3 +1,4 @@
+import copy
 import functools
 
 import numpy as np
@@ -7,7 +8,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import Ridge, RidgeClassifierCV
 from torch import Tensor, nn
 
-from frostline.head import PENALTIES, SCALES, build_head, ridge_path, set_probe
+from frostline.head import PENALTIES, SCALES, SeededDropout, build_head, ridge_path, seed_dropout, set_probe
 from frostline.metrics import scores
 from frostline.spec import Head
 
@@ -41,7 +42,7 @@ def test_shapes_and_sizes(hidden: int, count: int) -> None:
     head = build_head(Head(hidden=hidden), 24, 10, seed=0)
     assert len(parameters(head)) == count
     assert head(torch.zeros(5, 24)).shape == (5, 10)
-    assert [type(layer) for layer in head] == [*([nn.Linear, nn.ReLU] if hidden else []), nn.Dropout, nn.Linear]
+    assert [type(layer) for layer in head] == [*([nn.Linear, nn.ReLU] if hidden else []), SeededDropout, nn.Linear]
 
 
 @pytest.mark.parametrize("hidden", [0, 16])
@@ -83,6 +84,46 @@ def test_dropout_is_for_training_only() -> None:
     assert torch.equal(head.eval()(inputs), head(inputs))
     whole = build_head(Head(hidden=64), 24, 10, seed=0)
     assert torch.equal(head(inputs), whole.train()(inputs))
+
+
+def test_dropout_draws_from_its_own_stream_only() -> None:
+    inputs, state = torch.ones(7, 24), torch.random.get_rng_state()
+    head, twin, other = (build_head(Head(dropout=0.5), 24, 10, seed=0) for _ in range(3))
+    for module, seed in ((head, 5), (twin, 5), (other, 6)):
+        seed_dropout(module, seed)
+    first, second = head(inputs), head(inputs)
+    torch.rand(3)
+    assert torch.equal(twin(inputs), first)
+    assert torch.equal(twin.eval()(inputs), head.eval()(inputs))  # which draws nothing
+    assert torch.equal(twin.train()(inputs), second)
+    assert not torch.equal(first, second)
+    assert not torch.equal(other(inputs), first)
+    seed_dropout(head, 5)
+    assert torch.equal(head.train()(inputs), first)
+    torch.random.set_rng_state(state)
+    head(inputs)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_copy_of_a_head_draws_on_where_it_stood() -> None:
+    head, inputs = build_head(Head(dropout=0.5), 24, 10, seed=0), torch.ones(4, 24)
+    head(inputs)
+    twin = copy.deepcopy(head)
+    assert torch.equal(head(inputs), twin(inputs))
+    assert set(head.state_dict()) == {"1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 1 - 1e-9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dropout_drops_its_share_and_scales_the_rest(p: float, dtype: torch.dtype) -> None:
+    inputs = torch.ones(999, 101, dtype=dtype)
+    outputs = SeededDropout(p)(inputs)
+    dropped = min(round(p * 65536), 65535) / 65536
+    assert outputs.dtype == dtype
+    assert set(outputs.unique().tolist()) <= {0.0, float(torch.tensor(1 / (1 - dropped), dtype=dtype))}
+    spread = (dropped * (1 - dropped) / inputs.numel()) ** 0.5
+    assert float((outputs == 0).double().mean()) == pytest.approx(dropped, abs=5 * spread)
+    assert SeededDropout(0.0)(inputs) is inputs
 
 
 SHAPES = [(60, 8, 3), (30, 30, 3), (31, 30, 3), (20, 45, 4)]  # more samples than features, as many, fewer

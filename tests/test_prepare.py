@@ -29,6 +29,21 @@ def test_a_prepared_job_has_nothing_left_open(tmp_path: Path, monkeypatch: pytes
     assert len(facts["versions"]["code"]) == 12
 
 
+def test_the_feature_store_lies_beside_the_study_unless_the_job_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def path(*overrides: str) -> str | None:
+        return prepare(toy_job(Path("studies/one"), overrides)).job.features.path
+
+    assert path() == str(tmp_path / "studies" / "features")
+    assert path("features.path=mine") == str(tmp_path / "mine")
+    assert path("features.path=file:///shared/features") == "file:///shared/features"
+    with pytest.raises(ValueError, match="no file system is known for ftp://"):
+        path("features.path=ftp://host/features")
+
+
 def test_facts_change_with_what_they_stand_for(tmp_path: Path) -> None:
     first = prepare(toy_job(tmp_path, data={"path": str(image_folder(tmp_path / "a"))})).facts
     other = prepare(toy_job(tmp_path, data={"path": str(image_folder(tmp_path / "b", per_class=13))})).facts

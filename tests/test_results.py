@@ -29,6 +29,7 @@ from frostline.results import (
     query,
     read_asks,
     read_epochs,
+    read_extractions,
     read_job,
     read_predictions,
     read_splits,
@@ -70,7 +71,8 @@ def trial(number: int, status: str = "complete", score: float | None = None, **m
         "head_lr": 1e-3,
         "epochs": 10,
         "seconds": 12.4,
-        "device_s": 12.0,
+        "spent_s": 12.0,
+        "alone_s": 30.0,
         "trainable_params": 3_412_345,
         "tell_seq": 10 + number,
         **more,
@@ -104,6 +106,7 @@ def epoch(trial_id: str, number: int, score: float) -> dict[str, Any]:
         "epoch": number,
         "phase": 0,
         "seq": number,
+        "heard_seq": number,
         "val_score": score,
         "decision": "continue",
     }
@@ -116,14 +119,28 @@ CONFIRMED = [confirmation(B, 0, 0.94, 0.90), confirmation(B, 1, 0.96, 0.92), con
 ROWS = [A, B, C, PRUNED, FAILED, *CONFIRMED, confirmation(C, 0, 0.97, 0.80)]
 
 
+EXTRACTION = {
+    "cuts": "2,3",
+    "view": None,
+    "images": 1437,
+    "bytes": 7_356_672,
+    "seconds": 6.5,
+    "node": "n1",
+    "started_at": NOW,
+}
+
+
 def shown(study: Path, width: int = 100, color: bool = False) -> str:
     console = Console(file=StringIO(), width=width, force_terminal=color, highlight=False)
     render(study, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+READERS = (read_asks, read_epochs, read_extractions, read_predictions, read_trials)
+
+
 def test_rows_come_back(tmp_path: Path) -> None:
-    ask = {"seq": 0, "trial_id": A["trial_id"], "arm": "depth", "number": 0, "params": "{}", "sampler": "{}"}
+    ask = {"seq": 0, "trial_id": A["trial_id"], "arm": "depth", "number": 0, "batch": 0, "params": "{}"}
     likely = np.array([0.25, 0.75], np.float32)
     prediction = {"trial_id": "x", "sample_id": "img/1.png", "label": 0, "predicted": 1, "probabilities": likely}
     study = make(
@@ -131,6 +148,7 @@ def test_rows_come_back(tmp_path: Path) -> None:
         [A | {"started_at": NOW, "finished_at": NOW + timedelta(seconds=12)}],
         asks=[ask | {"asked_at": NOW}],
         epochs=[epoch(A["trial_id"], 1, 0.8), epoch(A["trial_id"], 2, 0.9)],
+        extractions=[EXTRACTION],
         predictions=[prediction],
     )
     row = read_trials(study).to_pylist()[0]
@@ -139,8 +157,9 @@ def test_rows_come_back(tmp_path: Path) -> None:
     assert row["test_score"] is None
     assert read_asks(study).to_pylist() == [ask | {"asked_at": NOW}]
     assert read_epochs(study)["val_score"].to_pylist() == [0.8, 0.9]
+    assert read_extractions(study).to_pylist() == [EXTRACTION]
     assert read_predictions(study).to_pylist() == [prediction | {"probabilities": [0.25, 0.75]}]
-    for name, read in zip(TABLES, (read_asks, read_epochs, read_predictions, read_trials), strict=True):
+    for name, read in zip(TABLES, READERS, strict=True):
         assert read(study).schema.equals(SCHEMAS[name], check_metadata=True)
     assert read_job(study) == JOB
 
@@ -189,11 +208,15 @@ def test_other_readers_see_the_same_rows(tmp_path: Path) -> None:
     assert pd.read_parquet(study / "trials")["val_score"].max() == 0.95
 
 
-def test_a_newer_study_is_refused(tmp_path: Path) -> None:
-    newer = table_of(RECORD, [A]).replace_schema_metadata({VERSION: b"2"})
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_study_of_another_version_is_refused(tmp_path: Path, version: int) -> None:
+    """Version 1 had no packs and no extractions."""
+    other = table_of(RECORD, [A]).replace_schema_metadata({VERSION: str(version).encode()})
+    if version == 1:
+        other = other.drop_columns(["pack", "lanes", "spent_s", "alone_s"])
     write_file(tmp_path / "job.json", json.dumps(JOB).encode())
-    commit_part(tmp_path, {RECORD: newer}, 0)
-    with pytest.raises(UnknownSchema, match="written with schema 2, and this Frostline reads schema 1"):
+    commit_part(tmp_path, {RECORD: other}, 0)
+    with pytest.raises(UnknownSchema, match=f"written with schema {version}, and this Frostline reads schema 2"):
         read_trials(tmp_path)
 
 
@@ -272,13 +295,35 @@ def test_the_leaderboard_of_a_loss_is_ascending_and_knows_no_nan() -> None:
 
 
 def test_to_json_is_json_with_stable_keys(tmp_path: Path) -> None:
-    found = to_json(make(tmp_path, [*ROWS, trial(9, score=float("nan"), device_s=float("nan"))]))
+    found = to_json(make(tmp_path, [*ROWS, trial(9, score=float("nan"), spent_s=float("nan"))]))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert list(found) == [
-        *("study", "name", "metric", "mode", "device_s", "finalists", "trials", "counts", "stopped"),
+        *("study", "name", "metric", "mode", "cost", "finalists", "trials", "counts", "stopped"),
     ]
-    assert found["device_s"] == 12.0 * len(ROWS)
+    assert found["cost"] == {
+        "trials_s": 12.0 * len(ROWS),
+        "extractions_s": 0.0,
+        "alone_s": 30.0 * (len(ROWS) + 1),
+        "images_extracted": 0,
+    }
     assert to_json(tmp_path) == found
+
+
+def test_extractions_are_part_of_what_a_study_cost(tmp_path: Path) -> None:
+    second = EXTRACTION | {"view": 0, "images": 563, "seconds": 3.5}
+    study = make(tmp_path, ROWS, extractions=[EXTRACTION, second])
+    assert to_json(study)["cost"] == {
+        "trials_s": 12.0 * len(ROWS),
+        "extractions_s": 10.0,
+        "alone_s": 30.0 * len(ROWS),
+        "images_extracted": 2000,
+    }
+    assert (
+        "device time: 1 min 58 s, of which 10.0 s for 2,000 images through frozen stages; "
+        "the trials one by one, nothing stored or shared, would take about 4 min 30 s"
+    ) in shown(study).splitlines()
+    views = query(study, "SELECT view, sum(images)::BIGINT AS images FROM extractions GROUP BY 1 ORDER BY 1")
+    assert views.to_pylist() == [{"view": 0, "images": 563}, {"view": None, "images": 1437}]
 
 
 def test_queries(tmp_path: Path) -> None:
@@ -355,7 +400,7 @@ def test_the_leaderboard_for_people(tmp_path: Path) -> None:
         "confirm: 3 complete, 0 pruned, 1 failed",
         "failed, non_finite: 1, for example: loss is nan",
         "failed, oom: 1, for example: out of memory",
-        "device time: 1 min 48 s",
+        "device time: 1 min 48 s; the trials one by one, nothing stored or shared, would take about 4 min 30 s",
         f"study: {study}",
         "val, test: accuracy, mean±sd over (n) fresh seeds; finalists are ranked by val",
     ]

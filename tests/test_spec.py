@@ -137,6 +137,8 @@ def test_a_trial_spec_survives_json(config: Config) -> None:
         data=study.data,
         backbone=study.backbone,
         config=config,
+        augment=study.augment,
+        features=study.features,
         objective=study.objective,
         resources=study.resources,
     )
@@ -225,13 +227,13 @@ def test_changing_what_a_search_varies_changes_no_stream(root: int, number: int,
 def test_search_trials_share_split_subset_and_order_and_confirmations_redraw_them_in_pairs() -> None:
     study = job(seed=3)
     searched = [search_seeds(study, arm, number)[1] for arm in "ab" for number in range(50)]
-    for name in ("split", "subset", "order"):
+    for name in ("split", "subset", "augment", "order"):
         assert len({getattr(seeds, name) for seeds in searched}) == 1
     for name in ("head", "dropout"):
         assert len({getattr(seeds, name) for seeds in searched}) == 100
     confirmed = [confirm_seeds(study, index)[1] for index in range(50)]
     assert len({seeds.split for seeds in confirmed}) == 1
-    for name in ("subset", "order", "head", "dropout"):
+    for name in ("subset", "augment", "order", "head", "dropout"):
         assert len({getattr(seeds, name) for seeds in confirmed}) == 50
 
 
@@ -239,7 +241,9 @@ def test_seeds_are_pinned() -> None:
     digits = hashlib.sha256(b'[7, "search", "a", 3]').digest()[:4]
     assert derive_seed(7, "search", "a", 3) == int.from_bytes(digits, "big") >> 2
     seeds = search_seeds(job(seed=7), "a", 3)[1]
-    assert seeds == Seeds(split=79131147, subset=319930350, order=89000190, head=364616919, dropout=609041014)
+    assert seeds == Seeds(
+        split=79131147, subset=319930350, augment=611109824, order=89000190, head=364616919, dropout=609041014
+    )
 
 
 @given(ROOTS, st.lists(st.integers(0, 99) | st.text(max_size=3), min_size=1, max_size=3), st.data())
@@ -355,7 +359,20 @@ def test_keys_that_can_be_searched() -> None:
 
 def test_sections_come_with_the_sections_in_them() -> None:
     assert list(section_models()) == [
-        *("data", "backbone", "freeze", "head", "train", "objective", "resources", "search", "search.pruner", "confirm")
+        *(
+            "data",
+            "backbone",
+            "freeze",
+            "head",
+            "train",
+            "augment",
+            "features",
+            "objective",
+            "resources",
+            "search",
+            "search.pruner",
+            "confirm",
+        )
     ]
 
 

@@ -1,4 +1,4 @@
-"""The study, inline and without Ray: budgets, rounds, rows, resume, replay."""
+"""The study, without Ray and without training: budgets, packs, rounds, rows, resume, replay."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,67 +19,116 @@ from hypothesis import strategies as st
 
 from frostline import results
 from frostline.commit import StudyBusy
+from frostline.costs import StageTimes, alone_seconds
+from frostline.extract import Supply
 from frostline.propose import Proposer
 from frostline.rows import describe, summarise
-from frostline.spec import Job, TrialSpec
+from frostline.spec import Job, TrialSpec, depth_of
+from frostline.store import Store, key_of
 from frostline.study import Finished, Study, StudyMismatchError, best_of, choose_finalists, differences
 from frostline.testing import toy_job
 from frostline.train import EpochRecord
 from frostline.trial import Outcome
 from frostline.world import World
 
-FACTS = {"stages": ["stem", "block1", "block2"], "data_hash": "d", "split_hash": "s", "weights_hash": "w"}
+STAGES = ["stem", "block1", "block2"]
+FACTS = {"stages": STAGES, "data_hash": "d", "split_hash": "s", "weights_hash": "w"}
+LANES = {**FACTS, "cached_cuts": [3]}  # trials of which only the head trains are lanes of packs
 SPLITS = results.SCHEMAS["splits"].empty_table()
+TIMES = StageTimes(
+    device="cpu",
+    hardware="none",
+    threads=1,
+    batch=32,
+    prefix_s={0: 0.0, 1: 0.01, 2: 0.02, 3: 0.04},
+    step_s={0: 0.12, 1: 0.08, 2: 0.05, 3: 0.001},
+    view_s=0.0,
+    read_bytes_per_s=1e9,
+    start_s=0.5,
+)
+either_way = pytest.mark.parametrize("facts", [FACTS, LANES], ids=["alone", "lanes"])
 
 
-def open_study(job: Job, facts: dict[str, Any] = FACTS) -> Study:
+@pytest.fixture(autouse=True)
+def no_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fsync does cannot be seen without a power cut."""
+    monkeypatch.setattr(os, "fsync", os.fstat)
+
+
+def open_study(job: Job, facts: Mapping[str, Any] = FACTS) -> Study:
     return Study(job, facts, SPLITS, who={})
 
 
 def record(spec: TrialSpec, epoch: int) -> EpochRecord:
     """A scripted epoch: the best depth is 2, a higher learning rate is better, and later epochs are better."""
     config = spec.config
-    score = 1 - abs(config.freeze.depth - 2) / 10 + config.train.lr + epoch / 100 - (spec.seed % 97) / 1e4
+    depth = depth_of(config.freeze, len(STAGES))
+    score = 1 - abs(depth - 2) / 10 + config.train.lr + epoch / 100 - (spec.seed % 97) / 1e4
     scores = {"accuracy": score, "balanced_accuracy": score, "macro_f1": score, "nll": 1 - score}
     return EpochRecord(epoch, 0.0, scores, score, 0.0, 0.0, 0, 0.0, 0.0)
 
 
 def outcome(spec: TrialSpec, records: Sequence[EpochRecord], status: str) -> Outcome:
     row = {**describe(spec, World.here(spec.resources)), **summarise(spec, records, status)}
+    row |= {"freeze_depth": depth_of(spec.config.freeze, len(STAGES)), "n_train": 100, "n_val": 20}
     if spec.round == "confirm":
-        row |= {"test_score": records[-1].val_score}
-    return Outcome(row | {"seconds": 0.01, "device_s": 0.01}, bundle={"x": b"x"} if spec.round == "confirm" else {})
+        row |= {"test_score": records[-1].val_score, "n_test": 30}
+    return Outcome(row | {"seconds": 0.01, "spent_s": 0.01}, bundle={"x": b"x"} if spec.round == "confirm" else {})
 
 
-def run_one(study: Study, spec: TrialSpec) -> None:
-    records = []
-    for epoch in range(1, spec.config.train.epochs + 1):
-        records.append(record(spec, epoch))
-        if not study.report(spec.trial_id, records[-1]) and epoch < spec.config.train.epochs:
-            study.finish(spec.trial_id, outcome(spec, records, "pruned"))
-            return
-    study.finish(spec.trial_id, outcome(spec, records, "complete"))
+def steps(study: Study, pack: Sequence[TrialSpec]) -> Iterator[None]:
+    """A pack as an executor runs it: a step is an epoch of all its lanes, of which some end."""
+    records: dict[str, list[EpochRecord]] = {spec.trial_id: [] for spec in pack}
+    lanes, epoch = list(pack), 0
+    while lanes:
+        epoch += 1
+        go_on = study.report({spec.trial_id: record(spec, epoch) for spec in lanes})
+        ended = {}
+        for spec in lanes:
+            records[spec.trial_id].append(record(spec, epoch))
+            if epoch == spec.config.train.epochs:
+                ended[spec.trial_id] = outcome(spec, records[spec.trial_id], "complete")
+            elif not go_on[spec.trial_id]:
+                ended[spec.trial_id] = outcome(spec, records[spec.trial_id], "pruned")
+        study.finish(ended)
+        lanes = [spec for spec in lanes if spec.trial_id not in ended]
+        yield
+
+
+def run_pack(study: Study, pack: Sequence[TrialSpec]) -> None:
+    for _ in steps(study, pack):
+        pass
 
 
 def run_all(study: Study, at_once: int = 1) -> None:
-    """Run the study with several trials in flight, which end in the order they began."""
-    flying: list[TrialSpec] = []
+    """Run the study with several packs in flight, which take turns, an epoch each."""
+    flying: list[Iterator[None]] = []
     while True:
-        while len(flying) < at_once and (spec := study.ask()):
-            flying.append(spec)
+        while len(flying) < at_once and (pack := study.ask(at_once)):
+            flying.append(steps(study, pack))
         if not flying:
             return
-        run_one(study, flying.pop(0))
+        flying = [run for run in flying if next(run, "over") is None]
+
+
+def one(pack: Sequence[TrialSpec]) -> TrialSpec:
+    """The trial of a pack that must have one."""
+    (spec,) = pack
+    return spec
 
 
 def trials(job: Job) -> list[dict[str, Any]]:
     return results.read_trials(job.folder).to_pylist()
 
 
-def test_a_study_runs_its_budget_and_its_confirmations(study_folder: Path) -> None:
-    job = toy_job(study_folder, ["search.trials=12"])
-    study = open_study(job)
-    run_all(study, at_once=2)
+@either_way
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_study_runs_its_budget_and_its_confirmations(
+    study_folder: Path, facts: Mapping[str, Any], at_once: int
+) -> None:
+    job = toy_job(study_folder, ["search.trials=12", "search.sampler=random"])
+    study = open_study(job, facts)
+    run_all(study, at_once)
     assert study.done
     snapshot = study.snapshot()
     study.close()
@@ -101,60 +152,285 @@ def test_a_study_runs_its_budget_and_its_confirmations(study_folder: Path) -> No
     assert sorted(ask["seq"] for ask in results.read_asks(job.folder).to_pylist()) == sorted(
         row["ask_seq"] for row in search
     )
+    seqs = [
+        *(row["ask_seq"] for row in search),
+        *(epoch["seq"] for epoch in epochs),
+        *(row["tell_seq"] for row in rows),
+    ]
+    assert sorted(seqs) == list(range(len(seqs)))
+    packs: dict[str, list[str]] = {}
+    for row in rows:
+        packs.setdefault(row["pack"], []).append(row["trial_id"])
+    assert all(first in lanes for first, lanes in packs.items())
+    assert all(row["lanes"] == len(packs[row["pack"]]) for row in rows)
+    assert (max(map(len, packs.values())) > 1) == (facts is LANES)
 
 
-def test_arms_share_the_budget_equally_and_are_asked_in_turn(study_folder: Path) -> None:
-    arms = {name: {"strategy": strategy, "space": {"train.lr": {"low": 1e-4, "high": 1e-2, "log": True}}}
-            for name, strategy in (("probe", "linear_probe"), ("full", "full"))}  # fmt: skip
-    job = toy_job(study_folder, ["search.trials=6", "confirm.finalists=arms", "search.pruner.kind=none"], arms=arms)
-    study = open_study(job)
-    asked = [study.ask() for _ in range(6)]
-    assert [spec.arm for spec in asked if spec] == ["probe", "full"] * 3
-    assert study.ask() is None
-    for spec in asked:
-        study.finish(
-            spec.trial_id, outcome(spec, [EpochRecord(1, 0, {"nll": 0.0}, spec.seed, 0, 0, 0, 0, 0)], "complete")
-        )
-    confirmations = [study.ask() for _ in range(4)]
-    assert study.ask() is None
-    assert {spec.arm for spec in confirmations} == {"probe", "full"}
-    paired = {arm: [spec.seed for spec in confirmations if spec.arm == arm] for arm in ("probe", "full")}
-    assert paired["probe"] == paired["full"]
+def arms_of(**strategies: str) -> dict[str, Any]:
+    rates = {"low": 1e-4, "high": 1e-2, "log": True}
+    return {name: {"strategy": strategy, "space": {"train.lr": rates}} for name, strategy in strategies.items()}
+
+
+@either_way
+@pytest.mark.parametrize(("sampler", "apart"), [("tpe", 4), ("random", 20)])
+def test_arms_share_the_budget_equally_and_propose_in_turn(
+    study_folder: Path, facts: Mapping[str, Any], sampler: str, apart: int
+) -> None:
+    """A batch apart at most: of what starts a TPE, or of all that does not look at results."""
+    options = ["search.trials=60", "search.startup_trials=4", f"search.sampler={sampler}", "confirm.finalists=arms"]
+    job = toy_job(study_folder, options, arms=arms_of(probe="linear_probe", full="full", deep="linear_probe"))
+    study = open_study(job, facts)
+    run_all(study, at_once=2)
+    study.close()
+    asked = dict.fromkeys(job.arms, 0)
+    for ask in sorted(results.read_asks(job.folder).to_pylist(), key=lambda ask: ask["seq"]):
+        assert ask["number"] == asked[ask["arm"]]
+        asked[ask["arm"]] += 1
+        assert max(asked.values()) - min(asked.values()) <= apart
+    assert asked == dict.fromkeys(job.arms, 20)
+    rows = trials(job)
+    assert {arm: sum(row["arm"] == arm for row in rows) for arm in job.arms} == dict.fromkeys(job.arms, 20 + 2)
+
+
+def test_a_pack_has_lanes_of_one_arm_at_a_time_so_that_no_arm_runs_ahead(study_folder: Path) -> None:
+    job = toy_job(study_folder, ["search.trials=8"], arms=arms_of(one="linear_probe", two="linear_probe"))
+    study = open_study(job, LANES)
+    assert [{spec.arm for spec in study.ask()} for _ in range(2)] == [{"one"}, {"two"}]
     study.close()
 
 
-def events(job: Job) -> list[tuple[int, str, dict[str, Any]]]:
-    """What the tables recorded, in its order."""
-    rows = {row["trial_id"]: row for row in trials(job) if row["round"] == "search"}
-    asks = [(ask["seq"], "ask", ask) for ask in results.read_asks(job.folder).to_pylist()]
-    reports = [(e["seq"], "report", e) for e in results.read_epochs(job.folder).to_pylist() if e["trial_id"] in rows]
-    return sorted([*asks, *reports, *((row["tell_seq"], "tell", row) for row in rows.values())], key=lambda e: e[0])
-
-
-def replay(job: Job) -> int:
-    """Put the recorded questions to new samplers and pruners, in order; the number of answers that were compared."""
-    arms = {name: Proposer(job, name, len(FACTS["stages"]), job.search.trials) for name in job.arms}
-    number_of = {ask["trial_id"]: (ask["arm"], ask["number"]) for _, kind, ask in events(job) if kind == "ask"}
-    compared = 0
-    for _, kind, event in events(job):
-        arm, number = number_of[event["trial_id"]]
-        if kind == "ask":
-            assert arms[arm].ask().values == json.loads(event["params"])
-        elif kind == "report":
-            assert arms[arm].report(number, event["epoch"], event["val_score"]) == (event["decision"] == "stop")
-        else:
-            assert arms[arm].tell(number, event["status"], event["val_score"]) == json.loads(event["sampler"])
-        compared += 1
-    return compared
-
-
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_the_recorded_order_replays_to_the_same_proposals(study_folder: Path, at_once: int) -> None:
-    job = toy_job(study_folder, ["search.trials=30", "search.sampler=tpe", "search.startup_trials=5"])
+def test_what_trains_least_goes_first(study_folder: Path) -> None:
+    job = toy_job(study_folder, ["search.trials=20", "search.sampler=random", "confirm.seeds=0"])
     study = open_study(job)
+    depths = [one(study.ask()).config.freeze.depth for _ in range(20)]
+    assert depths == sorted(depths, reverse=True)
+    assert set(depths) == {0, 1, 2, 3}
+    assert study.ask() == []
+    study.close()
+
+
+@pytest.mark.parametrize(("share", "sizes"), [(1, [6]), (2, [3, 3]), (3, [2, 2, 2]), (4, [2, 2, 1, 1])])
+def test_a_pack_leaves_work_for_the_others(study_folder: Path, share: int, sizes: list[int]) -> None:
+    """As many packs as can run at once take what waits between them."""
+    options = ["search.trials=6", "search.sampler=random"]
+    study = open_study(toy_job(study_folder, options, arms=arms_of(probe="linear_probe")), LANES)
+    assert [len(pack) for pack in iter(lambda: study.ask(share), [])] == sizes
+    study.close()
+
+
+def test_confirmations_of_one_seed_train_together_and_of_two_never(study_folder: Path) -> None:
+    options = ["search.trials=9", "confirm.finalists=arms", "confirm.seeds=3", "search.pruner.kind=none"]
+    arms = arms_of(one="linear_probe", two="linear_probe", whole="full")
+    study = open_study(toy_job(study_folder, options, arms=arms), LANES)
+    while study.snapshot().done < 9:
+        run_pack(study, study.ask())
+    packs = list(iter(study.ask, []))
+    assert sorted(sorted(spec.arm for spec in pack) for pack in packs) == [["one", "two"]] * 3 + [["whole"]] * 3
+    assert all(len({(spec.seed, spec.seeds) for spec in pack}) == 1 for pack in packs)
+    paired = {arm: {spec.seed for pack in packs for spec in pack if spec.arm == arm} for arm in arms}
+    assert paired["one"] == paired["two"] == paired["whole"]
+    assert len(paired["one"]) == 3
+    study.close()
+
+
+def test_a_finite_space_ends_its_arm_early(study_folder: Path) -> None:
+    endless = arms_of(full="full")["full"]
+    finite = {"strategy": "freeze_depth", "space": {"freeze.depth": [1, 2, 3], "head.hidden": [0, 16]}}
+    job = toy_job(study_folder, ["search.trials=20"], arms={"endless": endless, "finite": finite})
+    study = open_study(job, LANES)
+    assert study.total == 10 + 6
+    run_all(study, at_once=2)
+    assert study.done
+    assert (study.snapshot().done, study.snapshot().total) == (16, 16)
+    study.close()
+    rows = [row for row in trials(job) if row["round"] == "search"]
+    assert len({row["config_id"] for row in rows}) == len(rows) == 16
+    again = open_study(job, LANES)
+    assert again.done
+    again.close()
+
+
+def test_the_store_is_surveyed_once_for_the_search_and_once_for_the_confirmations(study_folder: Path) -> None:
+    job = toy_job(study_folder, ["search.trials=4", "confirm.seeds=3"])
+    facts = {**FACTS, "cached_cuts": [3, 1]}
+    for _ in range(2):  # a study that is opened again does not know what has become of the store
+        study = open_study(job, facts)
+        pack = study.ask(2)
+        question = study.survey(pack, 2)
+        assert question is not None
+        assert (question.cuts, question.at_once) == ((1, 3), 2)
+        assert [spec.trial_id for spec in question.specs] == [pack[0].trial_id], "one stands for all"
+        assert study.survey(pack, 2) is None
+        assert study.survey(study.ask(2), 2) is None
+        study.close()
+    study = open_study(job, facts)
+    while study.snapshot().done < 4:
+        run_pack(study, study.ask())
+    pack = study.ask()
+    question = study.survey(pack)
+    assert question is not None
+    assert question.cuts is None
+    assert {spec.trial_id.rpartition("-")[2] for spec in question.specs} == {"c0", "c1", "c2"}
+    assert study.survey(study.ask()) is None
+    assert study.survey([]) is None
+    study.close()
+
+
+def test_a_survey_covers_each_precision_that_an_arm_may_draw(study_folder: Path) -> None:
+    arms = arms_of(one="linear_probe", two="full")
+    arms["two"]["space"] |= {"train.precision": ["bf16", "fp32"]}
+    study = open_study(toy_job(study_folder, arms=arms), LANES)
+    question = study.survey(study.ask())
+    assert question is not None
+    assert [spec.config.train.precision for spec in question.specs] == ["auto", "bf16", "fp32"]
+    study.close()
+
+
+def test_nothing_is_surveyed_where_nothing_is_stored(study_folder: Path) -> None:
+    study = open_study(toy_job(study_folder), {**FACTS, "cached_cuts": []})
+    pack = study.ask()
+    assert study.survey(pack) is None
+    assert not one(pack).cached
+    study.close()
+
+
+def test_what_is_stored_was_decided_when_the_study_began(study_folder: Path) -> None:
+    job = toy_job(study_folder, ["search.trials=4"])
+    study = open_study(job, LANES)
+    run_pack(study, study.ask())
+    study.close()
+    again = open_study(job, {**FACTS, "cached_cuts": [1, 2]})
+    assert again.cached_cuts == {3}
+    again.close()
+
+
+def test_what_trials_read_is_kept_while_the_study_is_open(study_folder: Path, tmp_path: Path) -> None:
+    store, about = Store(tmp_path / "features"), {"cut": 3}
+    store.put(key_of(about), about, np.arange(4), np.ones((4, 2), np.float32))
+    study = open_study(toy_job(study_folder), LANES)
+    study.hold(Supply(str(store.root), (key_of(about),), ()))
+    assert store.evict(0) == []
+    study.close()
+    assert [entry.key for entry in store.evict(0)] == [key_of(about)]
+
+
+def test_the_rows_of_extractions_are_committed_with_the_next_trial(study_folder: Path) -> None:
+    job = toy_job(study_folder)
+    study = open_study(job, LANES)
+    row = {"cuts": "3", "view": None, "images": 7, "bytes": 70, "seconds": 0.5, "node": "n", "started_at": None}
+    study.extracted(row)
+    study.commit()
+    assert results.read_extractions(job.folder).num_rows == 0
+    run_pack(study, study.ask())
+    study.close()
+    assert results.read_extractions(job.folder).to_pylist() == [row]
+
+
+def test_what_a_trial_costs_alone_is_worked_out_whatever_it_took(study_folder: Path) -> None:
+    job = toy_job(study_folder, ["search.trials=8", "search.sampler=random"])
+    study = open_study(job, {**LANES, "stage_times": json.loads(json.dumps(asdict(TIMES)))})
+    study.lose([one(study.ask(8)).trial_id], "gone")
+    study.lose([one(study.ask(8)).trial_id], "gone again")
+    run_all(study)
+    study.close()
+    rows = trials(job)
+    assert len(rows) == 8 + 2
+    for row in rows:
+        if row["error_kind"] == "worker_lost":
+            assert row["alone_s"] is None, "its data was never read"
+        else:
+            n_test = 30 if row["round"] == "confirm" else 0
+            assert row["alone_s"] == alone_seconds(TIMES, row["freeze_depth"], row["epochs"], 100, 20, n_test)
+    by_hand = next(row for row in rows if row["freeze_depth"] == 3 and row["epochs"] == 1 and row["round"] == "search")
+    assert by_hand["alone_s"] == pytest.approx(0.5 + 100 * (0.04 + 0.001) + 20 * 0.04)
+
+
+def test_nobody_knows_what_a_trial_costs_alone_where_nothing_was_timed(study_folder: Path) -> None:
+    job = toy_job(study_folder, ["search.trials=2"])
+    study = open_study(job)
+    run_all(study)
+    study.close()
+    assert {row["alone_s"] for row in trials(job)} == {None}
+
+
+def replay(job: Job) -> tuple[int, int]:
+    """Put the recorded questions to new samplers and pruners, in order and together where they were put together; the
+    number of answers that were compared, and of the questions that had several."""
+    share = job.search.trials // len(job.arms)
+    arms = {name: Proposer(job, name, len(STAGES), share) for name in job.arms}
+    rows = {row["trial_id"]: row for row in trials(job) if row["round"] == "search"}
+    asks: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for ask in results.read_asks(job.folder).to_pylist():
+        asks.setdefault((ask["arm"], ask["batch"]), []).append(ask)
+    heard: dict[int, list[dict[str, Any]]] = {}
+    for epoch in results.read_epochs(job.folder).to_pylist():
+        if epoch["trial_id"] in rows:
+            heard.setdefault(epoch["heard_seq"], []).append(epoch)
+    events = [
+        *((min(ask["seq"] for ask in batch), "ask", batch) for batch in asks.values()),
+        *((seq, "report", epochs) for seq, epochs in heard.items()),
+        *((row["tell_seq"], "tell", [row]) for row in rows.values()),
+    ]
+    compared = 0
+    for _, kind, entries in sorted(events, key=lambda event: event[0]):
+        if kind == "ask":
+            entries.sort(key=lambda ask: ask["number"])
+            arm = arms[entries[0]["arm"]]
+            assert (arm.asked, arm.asked + len(entries) - 1) == (entries[0]["batch"], entries[-1]["number"])
+            assert arm.ask(len(entries)) == [json.loads(ask["params"]) for ask in entries]
+        elif kind == "report":
+            by_arm: dict[str, dict[int, tuple[int, float]]] = {}
+            for epoch in entries:
+                row = rows[epoch["trial_id"]]
+                by_arm.setdefault(row["arm"], {})[row["number"]] = epoch["epoch"], epoch["val_score"]
+            stops = {(name, n): stop for name, found in by_arm.items() for n, stop in arms[name].report(found).items()}
+            for epoch in entries:
+                row = rows[epoch["trial_id"]]
+                assert stops[row["arm"], row["number"]] == (epoch["decision"] == "stop")
+        else:
+            arms[entries[0]["arm"]].tell(entries[0]["number"], entries[0]["status"], entries[0]["val_score"])
+        compared += len(entries)
+    return compared, sum(len(entries) > 1 for _, _, entries in events)
+
+
+@either_way
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_the_recorded_order_replays_to_the_same_proposals_and_stops(
+    study_folder: Path, facts: Mapping[str, Any], at_once: int
+) -> None:
+    options = ["search.trials=200", "search.startup_trials=10", "confirm.seeds=1"]
+    deep = {"strategy": "freeze_depth", "space": {"freeze.depth": [2, 3], "train.lr": {"low": 1e-4, "high": 1e-2}}}
+    arms = {"deep": deep, **arms_of(probe="linear_probe")}
+    job = toy_job(study_folder, [*options, "search.lanes=5"], arms=arms)
+    study = open_study(job, facts)
     run_all(study, at_once)
     study.close()
-    assert replay(job) > 30 * 3
+    compared, together = replay(job)
+    rows = [row for row in trials(job) if row["round"] == "search"]
+    assert compared == 2 * 200 + sum(row["epochs"] for row in rows)
+    assert max(row["lanes"] for row in rows) == (1 if facts is FACTS else 5)
+    assert together > 40, "batches of proposals at least"
+
+
+def test_the_replay_notices_reports_that_were_heard_together(
+    study_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were they judged one by one, some stops would differ: the test above could fail."""
+    job = toy_job(study_folder, ["search.trials=40", "search.sampler=random"], arms=arms_of(probe="linear_probe"))
+    study = open_study(job, LANES)
+    run_all(study)
+    study.close()
+    assert replay(job)[1] > 0
+    read = results.read_epochs
+
+    def apart(folder: Path) -> pa.Table:
+        epochs = read(folder)
+        place = epochs.schema.get_field_index("heard_seq")
+        return epochs.set_column(place, "heard_seq", epochs["seq"])
+
+    monkeypatch.setattr(results, "read_epochs", apart)
+    with pytest.raises(AssertionError):
+        replay(job)
 
 
 def interrupt(study: Study) -> None:
@@ -162,52 +438,78 @@ def interrupt(study: Study) -> None:
     study.lease.release()
 
 
-def test_a_study_that_is_killed_anywhere_ends_with_every_row_once(study_folder: Path) -> None:
-    job = toy_job(study_folder, ["search.trials=9"])
+@either_way
+def test_a_study_that_is_killed_anywhere_ends_with_every_row_once(study_folder: Path, facts: Mapping[str, Any]) -> None:
+    job = toy_job(study_folder, ["search.trials=30", "search.sampler=random", "search.lanes=4"])
     seen: set[str] = set()
     for kill_after in range(12):
-        study = open_study(job)
+        study = open_study(job, facts)
         assert {row["trial_id"] for row in trials(job)} >= seen
         for _ in range(kill_after % 4):
-            if spec := study.ask():
-                run_one(study, spec)
+            if pack := study.ask():
+                run_pack(study, pack)
                 study.commit()
-        lost = study.ask()
-        if lost:
-            study.report(lost.trial_id, record(lost, 1))
+        if lost := study.ask():
+            study.report({spec.trial_id: record(spec, 1) for spec in lost})
         seen = {row["trial_id"] for row in trials(job)}
         interrupt(study)
-    study = open_study(job)
+    study = open_study(job, facts)
     run_all(study)
     assert study.done
     study.close()
     rows = [row["trial_id"] for row in trials(job)]
-    assert len(rows) == len(set(rows)) == 9 + 2
+    assert len(rows) == len(set(rows)) == 30 + 2
     asks = [ask["trial_id"] for ask in results.read_asks(job.folder).to_pylist()]
-    assert len(asks) == len(set(asks)) == 9
+    assert len(asks) == len(set(asks)) == 30
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(kills=st.lists(st.integers(0, 9), max_size=5), at_once=st.integers(1, 3))
+def test_of_a_pack_that_is_killed_what_had_finished_is_kept_and_the_rest_runs_again(study_folder: Path) -> None:
+    job = toy_job(study_folder, ["search.trials=9", "search.sampler=random"], arms=arms_of(probe="linear_probe"))
+    study = open_study(job, LANES)
+    pack = study.ask()
+    assert len(pack) == 9
+    running = steps(study, pack)
+    next(running)
+    study.commit()
+    stopped = {row["trial_id"] for row in trials(job)}
+    assert 0 < len(stopped) < 9, "halving has stopped some lanes after their first epoch"
+    interrupt(study)
+    again = open_study(job, LANES)
+    rest = again.ask()
+    assert rest == [spec for spec in pack if spec.trial_id not in stopped]
+    run_pack(again, rest)
+    run_all(again)
+    again.close()
+    rows = {row["trial_id"]: row for row in trials(job)}
+    assert len(rows) == len(trials(job)) == 9 + 2
+    assert {rows[spec.trial_id]["pack"] for spec in rest} == {rest[0].trial_id}
+    assert {rows[trial_id]["lanes"] for trial_id in stopped} == {9}
+    assert {rows[spec.trial_id]["lanes"] for spec in rest} == {len(rest)}
+    epochs = [(epoch["trial_id"], epoch["epoch"]) for epoch in results.read_epochs(job.folder).to_pylist()]
+    assert len(epochs) == len(set(epochs)) == sum(row["epochs"] for row in rows.values())
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kills=st.lists(st.integers(0, 9), max_size=5), at_once=st.integers(1, 3), packed=st.booleans())
 def test_kills_between_commits_change_no_row_of_a_sampler_that_does_not_look(
-    tmp_path_factory: pytest.TempPathFactory, kills: list[int], at_once: int
+    tmp_path_factory: pytest.TempPathFactory, kills: list[int], at_once: int, packed: bool
 ) -> None:
     """With qmc and no pruning an interrupted study ends with the configurations of an undisturbed one."""
-    options = ["search.trials=8", "search.sampler=qmc", "search.pruner.kind=none"]
+    options = ["search.trials=8", "search.sampler=qmc", "search.pruner.kind=none", "search.lanes=3"]
+    facts = LANES if packed else FACTS
     found = []
     for interruptions in ([], kills):
         job = toy_job(tmp_path_factory.mktemp("study") / "s", options)
-        for finished in interruptions:
-            study = open_study(job)
-            flying: list[TrialSpec] = []
-            for _ in range(finished):
-                while len(flying) < at_once and (spec := study.ask()):
-                    flying.append(spec)
-                if flying:
-                    run_one(study, flying.pop(0))
-                    study.commit()
+        for epochs in interruptions:
+            study = open_study(job, facts)
+            flying: list[Iterator[None]] = []
+            for _ in range(epochs):
+                while len(flying) < at_once and (pack := study.ask(at_once)):
+                    flying.append(steps(study, pack))
+                flying = [run for run in flying if next(run, "over") is None]
+                study.commit()
             interrupt(study)
-        study = open_study(job)
+        study = open_study(job, facts)
         run_all(study)
         study.close()
         found.append({(row["trial_id"], row["config_id"], row["seed"], row["val_score"]) for row in trials(job)})
@@ -218,11 +520,14 @@ def test_what_was_asked_before_a_kill_is_run_with_the_same_configuration(study_f
     job = toy_job(study_folder, ["search.trials=8"])
     study = open_study(job)
     first, second, third = (study.ask() for _ in range(3))
-    run_one(study, second)
+    run_pack(study, second)
     study.commit()
     interrupt(study)
     again = open_study(job)
-    assert [again.ask(), again.ask()] == [first, third]
+    assert sorted(one(again.ask()).trial_id for _ in range(2)) == sorted(one(pack).trial_id for pack in (first, third))
+    assert {running.spec.trial_id: running.spec for running in again.running.values()} == {
+        one(pack).trial_id: one(pack) for pack in (first, third)
+    }
     again.close()
 
 
@@ -245,7 +550,7 @@ def test_more_trials_extend_a_study(study_folder: Path) -> None:
 
 def test_another_job_is_told_what_differs(study_folder: Path) -> None:
     study = open_study(toy_job(study_folder))
-    run_one(study, study.ask())
+    run_pack(study, study.ask())
     study.close()
     with pytest.raises(StudyMismatchError) as refused:
         open_study(toy_job(study_folder, ["train.epochs=4", "search.trials=12"]))
@@ -254,6 +559,17 @@ def test_another_job_is_told_what_differs(study_folder: Path) -> None:
     with pytest.raises(StudyMismatchError, match="data_hash: was 'd', now 'other'"):
         open_study(toy_job(study_folder), {**FACTS, "data_hash": "other"})
     open_study(toy_job(study_folder)).close()
+
+
+def test_where_activations_are_may_change_and_what_they_are_may_not(study_folder: Path) -> None:
+    study = open_study(toy_job(study_folder))
+    run_pack(study, study.ask())
+    study.close()
+    open_study(toy_job(study_folder, ["features.path=elsewhere", "features.budget_gb=1.0"])).close()
+    with pytest.raises(StudyMismatchError, match=r"features\.dtype: was 'float32', now 'float16'"):
+        open_study(toy_job(study_folder, ["features.dtype=float16"]))
+    with pytest.raises(StudyMismatchError, match=r"search\.lanes: was 64, now 8"):
+        open_study(toy_job(study_folder, ["search.lanes=8"]))
 
 
 def test_a_second_driver_is_told_who_holds_the_study(study_folder: Path) -> None:
@@ -279,9 +595,9 @@ def test_a_second_driver_is_told_who_holds_the_study(study_folder: Path) -> None
 def test_a_study_without_a_complete_trial_confirms_nothing(study_folder: Path) -> None:
     study = open_study(toy_job(study_folder, ["search.trials=2"]))
     for _ in range(2):
-        spec = study.ask()
-        study.finish(spec.trial_id, outcome(spec, [], "failed"))
-    assert study.ask() is None
+        spec = one(study.ask())
+        study.finish({spec.trial_id: outcome(spec, [], "failed")})
+    assert study.ask() == []
     assert study.done
     assert study.snapshot().best is None
     study.close()
@@ -290,14 +606,14 @@ def test_a_study_without_a_complete_trial_confirms_nothing(study_folder: Path) -
 def test_a_trial_whose_worker_dies_before_its_first_epoch_is_run_again_once(study_folder: Path) -> None:
     job = toy_job(study_folder, ["search.trials=3", "search.pruner.kind=none"])
     study = open_study(job)
-    first, second, third = (study.ask() for _ in range(3))
-    study.report(second.trial_id, record(second, 1))
+    first, second, third = (one(study.ask()) for _ in range(3))
+    study.report({second.trial_id: record(second, 1)})
     for spec in (first, second):
-        study.lose(spec.trial_id, "gone")
-    assert study.ask() == first
-    study.lose(first.trial_id, "gone again")
-    run_one(study, third)
-    study.lose(third.trial_id, "after its end: too late to matter")
+        study.lose([spec.trial_id], "gone")
+    assert study.ask() == [first]
+    study.lose([first.trial_id], "gone again")
+    run_pack(study, [third])
+    study.lose([third.trial_id], "after its end: too late to matter")
     run_all(study)
     study.close()
     rows = {row["trial_id"]: row for row in trials(job)}
@@ -306,6 +622,27 @@ def test_a_trial_whose_worker_dies_before_its_first_epoch_is_run_again_once(stud
         assert (rows[spec.trial_id]["status"], rows[spec.trial_id]["error_kind"]) == ("failed", "worker_lost")
     assert rows[second.trial_id]["epochs"] == 1
     assert rows[third.trial_id]["status"] == "complete"
+
+
+def test_lanes_whose_worker_dies_are_tried_again_alone(study_folder: Path) -> None:
+    """So that the one that takes its process with it takes no other trial a second time."""
+    options = ["search.trials=4", "search.pruner.kind=none", "confirm.seeds=0"]
+    job = toy_job(study_folder, options, arms=arms_of(probe="linear_probe"))
+    study = open_study(job, LANES)
+    pack = study.ask()
+    assert len(pack) == 3, "startup_trials"
+    study.lose([spec.trial_id for spec in pack], "gone")
+    again = [study.ask(), study.ask(), study.ask()]
+    assert again == [[spec] for spec in pack]
+    study.lose([pack[1].trial_id], "gone again")
+    run_pack(study, again[0])
+    run_pack(study, again[2])
+    run_all(study)
+    assert study.done
+    study.close()
+    rows = {row["trial_id"]: row for row in trials(job)}
+    assert [row["trial_id"] for row in rows.values() if row["status"] == "failed"] == [pack[1].trial_id]
+    assert {row["lanes"] for row in rows.values()} == {1}
 
 
 def test_rows_of_a_commit_that_failed_are_sent_again(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +663,7 @@ def test_rows_of_a_commit_that_failed_are_sent_again(study_folder: Path, monkeyp
     job = toy_job(study_folder, ["search.trials=4", "confirm.seeds=0", "search.pruner.kind=none"])
     study = open_study(job)
     for _ in range(2):
-        run_one(study, study.ask())
+        run_pack(study, study.ask())
         with pytest.raises(OSError, match="No space|Input/output"):
             study.commit()
     run_all(study)
@@ -365,7 +702,7 @@ def test_rows_are_committed_after_two_seconds_or_256_rows(study_folder: Path, mo
 
     def finish(count: int) -> None:
         for _ in range(count):
-            run_one(study, study.ask())
+            run_pack(study, study.ask())
 
     finish(255)
     assert not trials(job)
@@ -402,15 +739,16 @@ def test_differences_are_named_by_dotted_key() -> None:
 
 
 def test_two_studies_of_one_job_are_equal_whatever_runs_at_once(tmp_path: Path) -> None:
-    """qmc and no pruning: the set of rows does not depend on the order in which trials end."""
+    """qmc and no pruning: the set of rows depends neither on packs nor on the order in which trials end."""
     found = []
-    for at_once in (1, 4):
-        job = toy_job(tmp_path / str(at_once), ["search.trials=8", "search.sampler=qmc", "search.pruner.kind=none"])
-        study = open_study(job)
+    for at_once, facts in ((1, FACTS), (1, LANES), (4, FACTS), (4, LANES)):
+        folder = tmp_path / str(len(found))
+        job = toy_job(folder, ["search.trials=8", "search.sampler=qmc", "search.pruner.kind=none"])
+        study = open_study(job, facts)
         run_all(study, at_once)
         study.close()
         found.append({(row["trial_id"], row["config_id"], row["seed"], row["val_score"]) for row in trials(job)})
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2] == found[3]
 
 
 def test_the_tables_open_where_people_open_tables(study_folder: Path) -> None:

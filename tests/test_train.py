@@ -39,7 +39,7 @@ def data(samples: int = 30, poison: float = 0.0) -> Batches:
     images = torch.randn(samples, 3, 16, 16, generator=generator) + poison
     labels = torch.arange(samples) % 3
     images += labels.view(-1, 1, 1, 1)
-    return Batches(lambda wanted: images[torch.from_numpy(wanted)], np.arange(samples), labels)
+    return Batches(lambda wanted, _: images[torch.from_numpy(wanted)], np.arange(samples), labels)
 
 
 def run(network: Network, applied: Applied, config: Train, train: Batches | None = None, **seeding: int) -> list:
@@ -54,7 +54,6 @@ def run(network: Network, applied: Applied, config: Train, train: Batches | None
             val=data(),
             metric="accuracy",
             seeding=streams,
-            head_only=False,
             autocast=None,
         )
     )
@@ -91,7 +90,7 @@ def test_one_step_of_sgd_is_the_step_by_hand() -> None:
         reference.get_submodule(name).training = False
     torch.manual_seed(0)
     order = np.random.default_rng(0).permutation(6)
-    loss = nn.functional.cross_entropy(reference(train.fetch(order)), train.labels[order])
+    loss = nn.functional.cross_entropy(reference(train.fetch(order, 1)), train.labels[order])
     loss.backward()
     config = Train(
         epochs=1, batch_size=6, optimizer="sgd", momentum=0, lr=0.1, head_lr=0.2, weight_decay=0.01, warmup=0
@@ -115,9 +114,9 @@ def test_order_and_dropout_are_streams_of_their_own() -> None:
         batches = data()
         orders: list[int] = []
 
-        def fetch(wanted: np.ndarray) -> torch.Tensor:
+        def fetch(wanted: np.ndarray, epoch: int) -> torch.Tensor:
             orders.extend(wanted.tolist())
-            return batches.fetch(wanted)
+            return batches.fetch(wanted, epoch)
 
         records = run(
             network, applied, Train(epochs=1, batch_size=8), Batches(fetch, batches.samples, batches.labels), **seeding

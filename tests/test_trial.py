@@ -1,9 +1,9 @@
-"""The spine: rows, the equality of cached and live training (P4), failures, peak memory, determinism."""
+"""The spine: rows, failures, peak memory, determinism. That fast paths equal the plain one is in test_equality.py."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from frostline import trial as trial_module
 from frostline.data import load_data, subset
-from frostline.features import FeatureStore, image_fetch
+from frostline.features import Feed
+from frostline.pack import run_pack
 from frostline.prepare import prepare
 from frostline.results import SCHEMAS, table_of
 from frostline.rows import failure
 from frostline.spec import Job, TrialSpec, configure, confirm_seeds, search_seeds
 from frostline.testing import toy_job
-from frostline.trial import Outcome, attempt, run_trial
+from frostline.train import EpochRecord
+from frostline.trial import Outcome, Report, run_trial, trial_steps
 from frostline.world import World
 
 
@@ -37,17 +38,23 @@ def spec_of(job: Job, values: dict[str, Any], round_: str = "search", number: in
         data=job.data,
         backbone=job.backbone,
         config=config,
+        augment=job.augment,
+        features=job.features,
         objective=job.objective,
         resources=job.resources,
     )
 
 
-def run(spec: TrialSpec, report=lambda _: True, store: FeatureStore | None = None) -> Outcome:
-    return attempt(spec, store=store or FeatureStore(), world=World.here(spec.resources), report=report)
+def run(spec: TrialSpec, report: Report = lambda _: True) -> Outcome:
+    """The trial alone, as a pack of one."""
+    outcomes: dict[str, Outcome] = {}
+    hear = lambda records: {trial_id: report(record) for trial_id, record in records.items()}  # noqa: E731
+    run_pack([spec], feed=Feed(), world=World.here(spec.resources), report=hear, finish=outcomes.update)
+    return outcomes[spec.trial_id]
 
 
 VALUES = {"head.hidden": 0, "train.lr": 1e-3, "train.head_lr": 1e-2}
-TIMES = ("seconds", "device_s", "_at", "peak_mib")
+TIMES = ("seconds", "spent_s", "_at", "peak_mib")
 
 
 def steady(row: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +71,7 @@ def test_a_row_is_complete_typed_and_repeats_exactly(tmp_path: Path, depth: int)
     assert row["val_score"] == row["last_score"]
     assert row["audit"] == "passed"
     assert row["freeze_depth"] == depth
-    assert row["inputs"] == ("features" if depth == 3 else "images")
+    assert row["inputs"] == "images"
     assert row["n_train"] == 100
     assert row["epochs"] == row["epochs_asked"] == 3
     assert row["test_score"] is None
@@ -73,9 +80,18 @@ def test_a_row_is_complete_typed_and_repeats_exactly(tmp_path: Path, depth: int)
     assert json.loads(row["applied_lrs"])["head"] == 1e-2
     assert TrialSpec.model_validate_json(row["spec"]) == spec
     missing = {name for name in SCHEMAS["trials"].names if row[name] is None}
-    assert missing == {"error_kind", "reason", "error", "finalist_of", "ask_seq", "tell_seq", "sampler", "n_test"} | {
-        name for name in SCHEMAS["trials"].names if name.startswith("test_")
-    }
+    assert missing == {
+        "error_kind",
+        "reason",
+        "error",
+        "finalist_of",
+        "ask_seq",
+        "tell_seq",
+        "pack",
+        "lanes",
+        "alone_s",
+        "n_test",
+    } | {name for name in SCHEMAS["trials"].names if name.startswith("test_")}
 
 
 def test_a_confirmation_is_scored_on_test_once_with_predictions_and_a_bundle(tmp_path: Path) -> None:
@@ -87,60 +103,6 @@ def test_a_confirmation_is_scored_on_test_once_with_predictions_and_a_bundle(tmp
     assert outcome.row["test_accuracy"] == np.mean(hits) == outcome.row["test_score"]
     assert sum(outcome.predictions[0]["probabilities"]) == pytest.approx(1)
     assert set(outcome.bundle) == {"model.safetensors", "bundle.json", "README.md"}
-
-
-def losses(spec: TrialSpec, store: FeatureStore) -> list[tuple[float, float]]:
-    records: list[tuple[float, float]] = []
-    outcome = run(spec, lambda record: records.append((record.train_loss, record.val["nll"])) or True, store)
-    assert outcome.row["status"] == "complete", outcome.row["error"]
-    return records
-
-
-@pytest.mark.parametrize("hidden", [0, 16])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_training_on_cached_features_is_training_on_images(
-    tmp_path: Path, hidden: int, dropout: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """P4: to 1e-4 in the loss over 3 epochs in float32 (the sums differ in order, and AdamW amplifies the last bit)."""
-    values = {**VALUES, "freeze.depth": 3, "head.hidden": hidden, "head.dropout": dropout}
-    spec = spec_of(toy_job(tmp_path), values)
-    cached = losses(spec, FeatureStore())
-
-    calls: list[int] = []
-
-    prepared = prepare(toy_job(tmp_path))
-
-    def live_rows(_table: torch.Tensor, _samples: np.ndarray) -> Callable[[np.ndarray], torch.Tensor]:
-        images = image_fetch(prepared.backbone, prepared.dataset, torch.device("cpu"))
-
-        def fetch(wanted: np.ndarray) -> torch.Tensor:
-            calls.append(len(wanted))
-            with torch.no_grad():
-                return prepared.backbone.module(images(wanted))
-
-        return fetch
-
-    monkeypatch.setattr(trial_module, "feature_fetch", live_rows)
-    live = losses(spec, FeatureStore())
-    assert sum(calls) > 3 * 100
-    np.testing.assert_allclose(cached, live, rtol=1e-4)
-
-
-def test_a_pass_over_the_frozen_backbone_is_made_once_for_all_trials(tmp_path: Path) -> None:
-    job, store = toy_job(tmp_path), FeatureStore()
-    rows = [run(spec_of(job, {**VALUES, "freeze.depth": 3}, number=number), store=store).row for number in range(3)]
-    n_val = rows[0]["n_val"]
-    assert [row["images_forward"] for row in rows] == [100 + n_val, 0, 0]
-    assert store.images_forwarded == 100 + n_val
-
-
-def test_a_small_store_forgets_what_was_used_least_recently(tmp_path: Path) -> None:
-    store = FeatureStore(budget_bytes=1)
-    job = toy_job(tmp_path)
-    run(spec_of(job, {**VALUES, "freeze.depth": 3}), store=store)
-    once = store.images_forwarded
-    run(spec_of(job, {**VALUES, "freeze.depth": 3}), store=store)
-    assert store.images_forwarded > once
 
 
 def test_a_stopped_trial_is_pruned_and_has_no_score(tmp_path: Path) -> None:
@@ -227,9 +189,58 @@ def test_the_train_subset_of_a_confirmation_is_its_own_and_val_stays(tmp_path: P
     assert set(drawn[0]) != set(drawn[1])
 
 
+def drive(steps: Generator[EpochRecord | None, bool | None, Outcome]) -> tuple[list[EpochRecord | None], Outcome]:
+    """Send a trial on to its end; what it yielded and what it left."""
+    yielded: list[EpochRecord | None] = []
+    while True:
+        try:
+            yielded.append(steps.send(True if yielded and yielded[-1] else None))
+        except StopIteration as end:
+            return yielded, end.value
+
+
+def test_a_trial_goes_step_by_step(tmp_path: Path) -> None:
+    """Once when it is set up, then after each of an epoch's four steps: 100 images, 32 at a time."""
+    spec = spec_of(toy_job(tmp_path), {**VALUES, "freeze.depth": 1})
+    row: dict[str, Any] = {}
+    steps = trial_steps(spec, feed=Feed(), world=World.here(spec.resources), row=row)
+    assert next(steps) is None
+    assert row["n_train"] == 100, "what is known by then is in the row"
+    assert "status" not in row
+    yielded, outcome = drive(steps)
+    assert [record and record.epoch for record in yielded] == [
+        *(None, None, None, 1, None, None, None, 2, None, None, None, 3)
+    ]
+    assert outcome.row is row
+    assert steady(row) == steady(run(spec).row)
+
+
+def test_a_trial_pays_by_the_clock_that_it_is_given(tmp_path: Path) -> None:
+    spec = spec_of(toy_job(tmp_path), {**VALUES, "freeze.depth": 3})
+    ticks = (float(tick) for tick in range(10_000))
+    _, outcome = drive(trial_steps(spec, feed=Feed(), world=World.here(spec.resources), row={}, clock=ticks.__next__))
+    row = outcome.row
+    assert row["spent_s"] == int(row["spent_s"]) > 10, "ticks"
+    assert row["seconds"] < row["spent_s"]
+    assert row["seconds_eval"] == 3, "a tick for each epoch"
+
+
+def test_images_are_varied_as_the_job_says_and_exactly_so_again(tmp_path: Path) -> None:
+    values = {**VALUES, "freeze.depth": 2}
+    found = {}
+    for views in ("0", "1", "2", "live"):
+        spec = spec_of(toy_job(tmp_path, [f"augment.views={views}"]), values)
+        rows = [run(spec).row for _ in range(2)]
+        assert steady(rows[0]) == steady(rows[1])
+        assert rows[0]["views"] == views
+        assert rows[0]["images_forward"] == 3 * (rows[0]["n_train"] + rows[0]["n_val"])
+        found[views] = rows[0]["val_nll"]
+    assert len(set(found.values())) == 4
+
+
 def test_errors_of_the_spine_itself_are_raised(tmp_path: Path) -> None:
     spec = spec_of(toy_job(tmp_path), {**VALUES, "freeze.depth": 3})
     with pytest.raises(ZeroDivisionError):
         run(spec, lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run_trial(spec, store=FeatureStore(), world=World.here(spec.resources), report=lambda _: 1 / 0)
+        run_trial(spec, feed=Feed(), world=World.here(spec.resources), report=lambda _: 1 / 0)

@@ -22,6 +22,7 @@ import frostline
 from frostline import results
 from frostline.api import SearchFailedError
 from frostline.prepare import prepare
+from frostline.shards import FeatureError
 from frostline.testing import TOY_BACKBONE, toy_job
 
 pytestmark = pytest.mark.filterwarnings(
@@ -29,15 +30,19 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 BESIDE_THE_NUMBERS = {
-    *("seconds", "device_s", "seconds_data", "seconds_features", "seconds_train", "seconds_eval", "peak_mib"),
+    *("seconds", "spent_s", "alone_s", "seconds_data", "seconds_setup", "seconds_train", "seconds_eval", "peak_mib"),
     *("started_at", "finished_at", "node", "hardware", "images_forward", "ask_seq", "tell_seq", "versions"),
 }
 """Columns that say where and how fast a trial ran, in which order, and what its process had at hand already."""
 
 
 def numbers(study: Path) -> dict[str, dict[str, Any]]:
-    rows = results.read_trials(study).to_pylist()
-    return {row["trial_id"]: {k: v for k, v in row.items() if k not in BESIDE_THE_NUMBERS} for row in rows}
+    found = {}
+    for row in results.read_trials(study).to_pylist():
+        spec = json.loads(row["spec"])
+        del spec["features"]["path"]
+        found[row["trial_id"]] = {k: v for k, v in row.items() if k not in BESIDE_THE_NUMBERS} | {"spec": spec}
+    return found
 
 
 def epoch_numbers(study: Path) -> list[tuple]:
@@ -45,10 +50,11 @@ def epoch_numbers(study: Path) -> list[tuple]:
     return sorted((r["trial_id"], r["epoch"], r["train_loss"], r["val_loss"], r["val_score"], r["lr"]) for r in rows)
 
 
-def test_a_search_on_ray_gives_the_rows_of_an_inline_search(tmp_path: Path) -> None:
-    """qmc does not look at results, and nothing is pruned: identical to the last bit, predictions included."""
-    options = ["search.trials=6", "search.sampler=qmc", "search.pruner.kind=none"]
-    inline, on_ray = (toy_job(tmp_path / name, options) for name in ("inline", "ray"))
+def same_on_ray(tmp_path: Path, *options: str) -> Path:
+    """Search inline and on Ray, each with a store of its own, hold one against the other, and answer the folder of the
+    latter. qmc does not look at results, and nothing is pruned: they are identical to the last bit, predictions included."""
+    options = (*options, "search.trials=6", "search.sampler=qmc", "search.pruner.kind=none")
+    inline, on_ray = (toy_job(tmp_path / name / "study", options) for name in ("inline", "ray"))
     frostline.search(inline, inline=True)
     frostline.search(on_ray)
     assert len(numbers(inline.folder)) == 6 + 2
@@ -57,39 +63,125 @@ def test_a_search_on_ray_gives_the_rows_of_an_inline_search(tmp_path: Path) -> N
     key = [("trial_id", "ascending"), ("sample_id", "ascending")]
     predictions = [results.read_predictions(job.folder).sort_by(key) for job in (inline, on_ray)]
     assert predictions[0].equals(predictions[1])
+    return on_ray.folder
+
+
+def test_a_search_on_ray_gives_the_rows_of_an_inline_search_packs_and_extractions_included(tmp_path: Path) -> None:
+    """One pack at a time, as inline: packs and shards that differ in size may differ in the last bits."""
+    study = same_on_ray(tmp_path, "features.cache=all", "augment.views=2", f"resources.cpus={os.cpu_count()}")
+    rows = results.read_trials(study).to_pylist()
+    assert {row["inputs"] for row in rows} == {"features", "images"}
+    assert max(row["lanes"] for row in rows) > 1
+    extracted = results.read_extractions(study).to_pylist()
+    assert {row["view"] for row in extracted} == {None, 0, 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("views", ["0", "live"])
+def test_trials_that_run_side_by_side_give_the_rows_of_an_inline_search(tmp_path: Path, views: str) -> None:
+    study = same_on_ray(tmp_path, "features.cache=none", f"augment.views={views}")
+    assert {row["inputs"] for row in results.read_trials(study).to_pylist()} == {"images"}
+    assert results.read_extractions(study).num_rows == 0
+
+
+@pytest.mark.slow
+def test_packs_that_run_side_by_side_give_the_scores_of_an_inline_search(tmp_path: Path) -> None:
+    options = ["features.cache=all", "search.trials=12", "search.sampler=qmc", "search.pruner.kind=none"]
+    options += ['arms.freeze.space."freeze.depth"=[2, 3]']
+    found = []
+    for name, inline in (("inline", True), ("ray", False)):
+        job = toy_job(tmp_path / name / "study", options)
+        frostline.search(job, inline=inline)
+        found.append(sorted((trial_id, epoch, loss) for trial_id, epoch, _, loss, *_ in epoch_numbers(job.folder)))
+    assert [entry[:2] for entry in found[0]] == [entry[:2] for entry in found[1]]
+    assert [entry[2] for entry in found[0]] == pytest.approx([entry[2] for entry in found[1]], rel=1e-4)
 
 
 MORTAL = '''
-"""A trial that takes its process with it, once: arm number 1."""
+"""Workers that die: at the pieces of work of these numbers, and with trial number 1 of the search whenever it runs."""
 import os, sys
 from pathlib import Path
-from frostline import results
-from frostline.prepare import prepare
 from frostline.data import splits_table
+from frostline.estimate import facts_of
+from frostline.prepare import prepare
 from frostline.testing import toy_job
 from frostline.tune import TrialActor, run_tune
 
-class Mortal(TrialActor):
-    def run(self, report):
-        if self.spec.number == 1:
-            os._exit(1)
-        return super().run(report)
+log = Path(sys.argv[1]).parent / "steps"
+deaths = sys.argv[2:]
 
-job = toy_job(Path(sys.argv[1]), ["search.trials=4", "search.sampler=random", "confirm.seeds=1"])
+class Mortal(TrialActor):
+    def step(self):
+        with log.open("a") as file:
+            file.write("x")
+        if str(log.stat().st_size) in deaths:
+            os._exit(1)
+        return super().step()
+
+    def run(self, specs, report, finish):
+        if any(spec.number == 1 and spec.round == "search" for spec in specs):
+            os._exit(1)
+        return super().run(specs, report, finish)
+
+options = ["search.trials=5", "search.sampler=random", "search.pruner.kind=none", "confirm.seeds=1"]
+options += ["features.cache=all", f"resources.cpus={os.cpu_count()}"]
+arms = {"probe": {"strategy": "linear_probe", "space": {"train.head_lr": {"low": 1e-3, "high": 1e-1}}}}
+job = toy_job(Path(sys.argv[1]), options, arms=arms)
 ready = prepare(job)
-run_tune(ready.job, ready.facts, splits_table(ready.dataset), who={}, show=lambda _: None, trainable=Mortal)
+run_tune(ready.job, facts_of(ready), splits_table(ready.dataset), who={}, show=lambda _: None, trainable=Mortal)
 '''
 
 
-def test_a_trial_whose_worker_dies_fails_and_the_search_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deaths", [[], pytest.param(["1", "3"], marks=pytest.mark.slow)], ids=["trial", "extraction"])
+def test_what_a_dead_worker_did_is_done_again_and_the_search_goes_on(tmp_path: Path, deaths: list[str]) -> None:
+    """The survey comes first, its second try next, then the one shard. The five trials are one pack: tried again one by
+    one, all but the one that is to blame complete."""
     script = tmp_path / "mortal.py"
     script.write_text(MORTAL)
-    subprocess.run([sys.executable, str(script), str(tmp_path / "study")], check=True, capture_output=True)
+    subprocess.run([sys.executable, str(script), str(tmp_path / "study"), *deaths], check=True, capture_output=True)
+    search, again, confirmation = ["survey", "shard", "pack"], ["trial"] * 5, ["survey", "shard", "trial"]
+    assert (tmp_path / "steps").stat().st_size == len([*search, *again, *confirmation]) + len(deaths)
     rows = {row["trial_id"]: row for row in results.read_trials(tmp_path / "study").to_pylist()}
-    assert len(rows) == 4 + 1
-    lost = rows.pop("freeze-00001")
+    assert len(rows) == 5 + 1
+    lost = rows.pop("probe-00001")
     assert (lost["status"], lost["error_kind"], lost["val_score"]) == ("failed", "worker_lost", None)
-    assert not [row for row in rows.values() if row["status"] == "failed"]
+    assert {row["status"] for row in rows.values()} == {"complete"}
+    assert {row["inputs"] for row in rows.values()} == {"features"}
+    assert {row["cuts"] for row in results.read_extractions(tmp_path / "study").to_pylist()} == {"3"}
+
+
+UNUSABLE = "/sys/frostline"  # nobody may make a folder there, not even root
+
+
+@pytest.mark.parametrize("where", [["--inline"], pytest.param([], marks=pytest.mark.slow)], ids=["inline", "ray"])
+def test_a_store_that_cannot_be_written_ends_the_search_before_any_trial(tmp_path: Path, where: list[str]) -> None:
+    (tmp_path / "job.toml").write_text(JOB)
+    driver = start(tmp_path, "features.cache=all", f"features.path={UNUSABLE}", *where)
+    output, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 2, output
+    said = output.strip().splitlines()[-1]
+    assert said.startswith(f"frostline: the feature store {UNUSABLE}/")
+    assert "Operation not permitted" in said or "Read-only" in said
+    assert "name another place (features.path" in said
+    assert "Traceback" not in output
+    assert not (tmp_path / "results" / "killed" / "trials").exists()
+
+
+def test_activations_beyond_half_precision_end_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loud.py").write_text(
+        "from frostline.testing import toy_backbone\n"
+        "def loud():\n"
+        "    made = toy_backbone()\n"
+        "    made['module'].block2[1].weight.data.fill_(1e6)\n"
+        "    return made\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    job = toy_job(
+        tmp_path / "study", ["backbone.name=python:loud:loud", "features.cache=all", "features.dtype=float16"]
+    )
+    with pytest.raises(FeatureError, match=r'set features\.dtype = "float32"'):
+        frostline.search(job, inline=True)
+    assert not (tmp_path / "study" / "trials").exists()
 
 
 def test_concurrency_is_what_the_nodes_hold() -> None:
@@ -111,9 +203,8 @@ def test_a_trial_that_no_node_can_hold_is_refused_before_anything_starts(tmp_pat
 
 
 def test_a_search_in_which_every_trial_fails_is_a_failure(tmp_path: Path) -> None:
-    job = toy_job(tmp_path / "study", ["search.trials=2", "train.optimizer=sgd", "train.weight_decay=1.0"])
-    space = {"freeze.depth": [0], "train.lr": 10.0, "train.head_lr": 10.0}
-    job = toy_job(job.folder, ["search.trials=2", "train.optimizer=sgd", "train.weight_decay=1.0", "train.warmup=0.0"],
+    space = {"freeze.depth": [0, 1], "train.lr": 10.0, "train.head_lr": 10.0}
+    job = toy_job(tmp_path / "study", ["search.trials=2", "train.optimizer=sgd", "train.weight_decay=1.0", "train.warmup=0.0"],
                   arms={"freeze": {"strategy": "freeze_depth", "space": space}})  # fmt: skip
     with pytest.raises(SearchFailedError, match="none of 2 trials completed"):
         frostline.search(job, inline=True)

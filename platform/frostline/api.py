@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from frostline.data import splits_table
+from frostline.estimate import facts_of
 from frostline.inline import run_inline
 from frostline.jobfile import load_job, parse_job
 from frostline.prepare import prepare
@@ -48,13 +49,14 @@ def search(
     who = {"driver": os.getpid()}
     with Progress(console) as progress:
         prepared = prepare(job, progress.decoding)
+        facts, splits = facts_of(prepared), splits_table(prepared.dataset)
         run = {"who": who, "show": progress.show}
         if inline:
-            last = run_inline(prepared.job, prepared.facts, splits_table(prepared.dataset), **run)
+            last = run_inline(prepared.job, facts, splits, **run)
         else:
             from frostline.tune import run_tune
 
-            last = run_tune(prepared.job, prepared.facts, splits_table(prepared.dataset), **run, address=address)
+            last = run_tune(prepared.job, facts, splits, **run, address=address)
     folder = job.folder
     if last.best is None:
         raise SearchFailedError(f"none of {last.done} trials completed; `frostline results {folder}` says why")

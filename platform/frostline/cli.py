@@ -1,23 +1,31 @@
-"""The command line: `frostline search | plan | results | schema | init`."""
+"""The command line: `frostline search | plan | results | features | schema | init`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
+import pyarrow as pa
 from rich.console import Console
+from rich.filesize import decimal
+from rich.text import Text
 
 import frostline
 from frostline import results
 from frostline.commit import StudyBusy
+from frostline.files import locate
 from frostline.jobfile import load_job
 from frostline.reference import starter_job
 from frostline.spec import Job
+from frostline.store import Entry, Store
 
 OVERRIDE_HELP = "dotted job keys laid over the file, for example train.lr=1e-3 or data.path=photos/"
 
@@ -79,8 +87,22 @@ def build_parser() -> argparse.ArgumentParser:
     shown = _command(commands, "results", _results, "show a study's leaderboard, or query its tables")
     shown.add_argument("study", help="the study's folder, for example results/quickstart")
     how = shown.add_mutually_exclusive_group()
-    how.add_argument("--sql", help="a DuckDB query over the tables trials, epochs, asks, predictions and splits")
+    how.add_argument(
+        "--sql", help="a DuckDB query over the tables trials, epochs, asks, extractions, predictions and splits"
+    )
     how.add_argument("--json", action="store_true", help="the leaderboard as JSON")
+
+    stored = commands.add_parser(
+        "features", help="list, verify or clean a feature store", description="List, verify or clean a feature store."
+    )
+    whats = stored.add_subparsers(required=True, metavar="WHAT")
+    _add_root(_command(whats, "list", _list_features, "show what is stored, the least recently used first"))
+    _add_root(_command(whats, "verify", _verify_features, "read every byte of it, and show what is damaged"))
+    clean = _command(whats, "clean", _clean_features, "delete what no search is using")
+    _add_root(clean)
+    clean.add_argument(
+        "--unused-days", type=_days, default=0.0, metavar="N", help="only what was not used for N days (default: 0)"
+    )
 
     _command(commands, "schema", _schema, "print the JSON Schema of a job file, for editors")
 
@@ -98,6 +120,15 @@ def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
 def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", help="a job file (TOML); `frostline init` writes one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDE_HELP)
+
+
+def _add_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "root",
+        nargs="?",
+        default="results/features",
+        help="the store: a folder, or a URI as in a job's features.path (default: results/features)",
+    )
 
 
 def _search(arguments: argparse.Namespace) -> int:
@@ -123,6 +154,82 @@ def _results(arguments: argparse.Namespace) -> int:
     else:
         results.render(study, _stdout())
     return 0
+
+
+def _list_features(arguments: argparse.Namespace) -> int:
+    store, name = _store(arguments.root)
+    _show_entries(store.entries(), name)
+    return 0
+
+
+def _verify_features(arguments: argparse.Namespace) -> int:
+    store, name = _store(arguments.root)
+    entries, console = store.entries(), _stdout()
+    damage = {entry.key: store.verify(entry.key) for entry in entries}
+    _show_entries(entries, name, damage)
+    problems = [problem for found in damage.values() for problem in found]
+    for problem in problems:
+        console.print(Text(problem), soft_wrap=True)
+    if problems:
+        console.print("a search that reads them makes what is damaged anew")
+    elif entries:
+        console.print("every byte is as it was written")
+    return 1 if problems else 0
+
+
+def _clean_features(arguments: argparse.Namespace) -> int:
+    store, name = _store(arguments.root)
+    removed, console = store.clean(arguments.unused_days), _stdout()
+    kept = store.entries()
+    console.print(Text(f"deleted {_counted(removed)} in {name}"), soft_wrap=True)
+    if kept:
+        recent = f" or used within {arguments.unused_days:g} days" * (arguments.unused_days > 0)
+        console.print(f"kept {_counted(kept)}, in use{recent}", soft_wrap=True)
+    return 0
+
+
+def _store(root: str) -> tuple[Store, str]:
+    """The store at a folder or URI, and its name without credentials."""
+    place = locate(root)
+    if "://" not in root and not Path(place.path).is_dir():
+        raise ValueError(
+            f"{place.name} is not a folder. A search stores activations where its job's features.path says, or else in the "
+            "folder `features` beside its study, which is results/features for results/NAME: name that one"
+        )
+    return Store(root), place.name
+
+
+def _show_entries(entries: Sequence[Entry], name: str, damage: Mapping[str, Sequence[str]] | None = None) -> None:
+    """Print a line an entry and, where it is known, whether it is damaged; 100 columns suffice."""
+    abouts = [entry.about or {} for entry in entries]
+    columns = {
+        "backbone": [about.get("backbone", "unknown") for about in abouts],
+        "cut": [about.get("cut") for about in abouts],
+        "view": [about["view"]["view"] if about.get("view") else None for about in abouts],
+        "images": [entry.samples for entry in entries],
+        "MB": [round(entry.bytes / 1e6, 2) for entry in entries],
+        "dtype": [about.get("dtype") for about in abouts],
+        "last used": [datetime.fromtimestamp(entry.used_s).strftime("%Y-%m-%d %H:%M") for entry in entries],
+        "key": [entry.key for entry in entries],
+    }
+    if damage is not None:
+        columns["state"] = ["damaged" if damage[entry.key] else "intact" for entry in entries]
+    console = _stdout()
+    if entries:
+        results.render_table(pa.table(columns), console)
+    console.print(Text(f"{_counted(entries)} in {name}"), soft_wrap=True)
+
+
+def _counted(entries: Sequence[Entry]) -> str:
+    count = len(entries)
+    return f"{count:,} {'entry' if count == 1 else 'entries'}, {decimal(sum(entry.bytes for entry in entries))}"
+
+
+def _days(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= (days := float(text)) < math.inf:
+            return days
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of days; give 0 or more")
 
 
 def _schema(_: argparse.Namespace) -> int:

@@ -1,59 +1,31 @@
-"""What a search would run and what it would cost, said before anything is spent.
-
-Measuring and deciding are separate: `measure` times a few training steps on this machine, `estimate` is a pure function
-of the job, those times and the sizes of data and backbone. `plan` prints both.
-"""
+"""What a search would store, run and cost, said before anything is spent: pure functions of the job, of times measured on
+this hardware (`costs`), and of the sizes of data and backbone. `plan` prints them, and the study goes by them."""
 
 from __future__ import annotations
 
-import copy
 import math
-import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
 from optuna.distributions import CategoricalDistribution
 
-from frostline.features import EVAL_BATCH, Fetch, feature_fetch, image_fetch
-from frostline.freeze import Network, apply_plan, compile_plan, fixed_hash
-from frostline.head import build_head, set_probe
+from frostline.costs import Choice, StageTimes, choose_cuts, measure, resumable, trial_seconds
+from frostline.pack import SUFFIXES
 from frostline.prepare import Prepared
 from frostline.propose import distributions
-from frostline.spec import Arm, Freeze, Head, Job, Pruner, Range, Resources, depth_of
+from frostline.spec import Arm, Freeze, Job, Pruner, Range, Resources, depth_of
 from frostline.stages import StageCost
 from frostline.study import COMMIT_ROWS, COMMIT_SECONDS
-from frostline.train import Batches, Seeding, predict, train_epochs
-from frostline.world import World, autocast_dtype, gpus_of_a_trial, hardware, trials_at_once
+from frostline.world import gpus_of_a_trial, trials_at_once
 
-TIMING_S = 6.0  # what the timed steps may take on a CPU; batches shrink to fit
 PART_BYTES = 42_000  # measured, as are the next: the Parquet files of a commit
 TRIAL_BYTES, EPOCH_BYTES, SAMPLE_BYTES = 400, 80, 20  # what a row adds to them, and to the splits
 PREDICTION_BYTES, BUNDLE_BYTES = 40, 8_000  # without the probabilities, without the tensors
-
-
-@dataclass(frozen=True)
-class StepCosts:
-    """What was timed, on the device and with the threads of a trial."""
-
-    device: str  # `cpu`, `cuda` or `mps`
-    hardware: str
-    threads: int
-    batch_size: int
-    """Of the timed steps below the head: the job's, or less where those would take too long."""
-    forward_s: float
-    """Per image through the network in eval mode."""
-    steps: Mapping[int, float]
-    """Cut -> seconds per image of a training step, forward, backward and optimizer; at the cut after the last stage
-    those of the head alone, on features. Holds the first and the last cut that the job can draw, and some between."""
-    start_s: float
-    """Per trial before its first step: to build, freeze and audit the network."""
-    probe_s: float = 0.0
-    """Per trial whose head starts at the closed-form solution: to find it."""
 
 
 @dataclass(frozen=True)
@@ -90,119 +62,76 @@ class Estimate:
     """What is written -> bytes, at most."""
 
 
-# --- measuring ---
+def stage_times(prepared: Prepared) -> StageTimes:
+    """What the stages cost here at the cuts that the arms may draw, for the mean of their batch sizes and head widths.
 
-
-def measure(prepared: Prepared) -> StepCosts:
-    """Time the job's own network, loop and optimizer on a few real batches, the best of two after a warm-up.
-
-    Batch size and head width are the mean of what the arms may draw; the norm policy is the job's. Takes some `TIMING_S`
-    on a CPU. Raises ValueError where `resources.device` is not there.
+    Raises CostError where the network cannot be timed.
     """
-    job, last, arms = prepared.job, len(prepared.backbone.stages), list(prepared.job.arms.values())
-    device = World.here(job.resources).device
-    cuts = cuts_to_time({cut for arm in arms for cut in arm_cuts(job, arm, last)}, last)
-    wanted = min(round(fmean(_mean(job, arm, "train.batch_size") for arm in arms)), prepared.n_train)
-    head = Head(hidden=round(fmean(_mean(job, arm, "head.hidden") for arm in arms)))
-    batch, passed = wanted, EVAL_BATCH
-    if device.type == "cpu":
-        rough_s, live = _forward_seconds(prepared, 2, device), sum(cut < last for cut in cuts)
-        batch, passed = (affordable_batch(size, rough_s, live) for size in (wanted, EVAL_BATCH))
-    timed = {cut: _step_seconds(prepared, cut, head, wanted if cut == last else batch, device) for cut in cuts}
-    probed = any(_chance(job, arm, "head.init", "probe") for arm in arms)
-    return StepCosts(
-        device=device.type,
-        hardware=hardware(device),
-        threads=torch.get_num_threads(),
-        batch_size=batch,
-        forward_s=_forward_seconds(prepared, passed, device),
-        steps={cut: step_s for cut, (step_s, _) in timed.items()},
-        start_s=min(start_s for _, start_s in timed.values()),
-        probe_s=_probe_seconds(prepared) if probed else 0.0,
+    job, arms = prepared.job, list(prepared.job.arms.values())
+    return measure(
+        prepared,
+        _drawn(prepared),
+        batch_size=round(fmean(_mean(job, arm, "train.batch_size") for arm in arms)),
+        hidden=round(fmean(_mean(job, arm, "head.hidden") for arm in arms)),
     )
 
 
-def _step_seconds(prepared: Prepared, cut: int, head: Head, batch: int, device: torch.device) -> tuple[float, float]:
-    """Seconds per image of a training step at a cut, and seconds per trial before its first step."""
-    job, backbone, head_only = prepared.job, prepared.backbone, cut == len(prepared.backbone.stages)
-    started = time.perf_counter()
-    network = _network(prepared, head, device)
-    plan = compile_plan(Freeze(strategy="freeze_depth", depth=cut, norm=job.freeze.norm), backbone.stages)
-    applied = apply_plan(plan, network, backbone)
-    for _ in range(2):  # a trial's audit, before and after
-        fixed_hash(network, applied)
-    start_s = time.perf_counter() - started
-
-    count = 8 * batch if head_only else batch  # steps of a head are too short to time one
-    samples = prepared.dataset.indices("train")[:count]
-    fetch = image_fetch(backbone, prepared.dataset, device)
-    if head_only:
-        fetch = feature_fetch(torch.rand(len(samples), backbone.feature_dim, device=device), samples)
-    _, *records = train_epochs(
-        network,
-        applied,
-        job.train.model_copy(update={"epochs": 3, "batch_size": batch, "lr": 1e-6, "head_lr": 1e-6}),
-        train=_batches(prepared, fetch, samples, device),
-        val=_batches(prepared, fetch, samples[:2], device),
-        metric=job.objective.metric,
-        seeding=Seeding(0, 0),
-        head_only=head_only,
-        autocast=autocast_dtype(job.train.precision, device),
+def cut_choices(prepared: Prepared, times: StageTimes) -> list[Choice]:
+    """Which of the cuts that the arms may draw are stored, and why."""
+    job, views = prepared.job, prepared.job.augment.views
+    item = 2 if job.features.dtype == "float16" else 4
+    cuts = resumable(prepared, _drawn(prepared))
+    return choose_cuts(
+        times,
+        {cut: item * math.prod(there.shape) for cut, there in cuts.items()},
+        expected_reads(job, len(prepared.backbone.stages)),
+        images=_shown(job) * prepared.n_train + len(prepared.dataset.indices("val")),
+        lanes=min(job.search.lanes, SUFFIXES),
+        live_views=views == "live",
+        cache=job.features.cache,
+        budget_bytes=1e9 * job.features.budget_gb,
     )
-    return min(record.seconds - record.eval_seconds for record in records) / len(samples), start_s
 
 
-def _forward_seconds(prepared: Prepared, count: int, device: torch.device) -> float:
-    """Seconds per image of the network in eval mode, `count` images at a time."""
-    fetch = image_fetch(prepared.backbone, prepared.dataset, device)
-    batches = _batches(prepared, fetch, prepared.dataset.indices("train")[:count], device)
-    network, passes = _network(prepared, Head(), device), []
-    for _ in range(3):
-        started = time.perf_counter()
-        predict(network, batches, autocast_dtype(prepared.job.train.precision, device))
-        passes.append(time.perf_counter() - started)
-    return min(passes[1:]) / len(batches.samples)
+def expected_reads(job: Job, stages: int) -> dict[int, float]:
+    """Cut -> how often the search is expected to show a train image (a view of it, where these are stored) to trials at
+    that cut: trials x epochs until the pruner stops them."""
+    reads: defaultdict[int, float] = defaultdict(float)
+    for arm in job.arms.values():
+        cuts = arm_cuts(job, arm, stages)
+        epochs = expected_epochs(job.search.pruner, _mean(job, arm, "train.epochs"))
+        for cut in cuts:
+            reads[cut] += job.search.trials // len(job.arms) * epochs / len(cuts)
+    return {cut: shown / max(1, _shown(job)) for cut, shown in reads.items()}
 
 
-def _network(prepared: Prepared, head: Head, device: torch.device) -> Network:
-    on_top = build_head(head, prepared.backbone.feature_dim, len(prepared.dataset.classes), seed=0)
-    network = Network(copy.deepcopy(prepared.backbone.module), on_top)
-    return network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+def _drawn(prepared: Prepared) -> set[int]:
+    job, stages = prepared.job, len(prepared.backbone.stages)
+    return {cut for arm in job.arms.values() for cut in arm_cuts(job, arm, stages)}
 
 
-def _probe_seconds(prepared: Prepared) -> float:
-    dim, classes, n = prepared.backbone.feature_dim, len(prepared.dataset.classes), prepared.n_train
-    started = time.perf_counter()
-    set_probe(build_head(Head(), dim, classes, seed=0), torch.rand(n, dim), np.arange(n) % classes)
-    return time.perf_counter() - started
+def _shown(job: Job) -> int:
+    """Of each train image, how many views are stored; the image as it is counts as one."""
+    views = job.augment.views
+    return 0 if isinstance(views, str) else max(1, views)
 
 
-def _batches(prepared: Prepared, fetch: Fetch, samples: np.ndarray, device: torch.device) -> Batches:
-    return Batches(fetch, samples, torch.from_numpy(prepared.dataset.labels[samples]).to(device))
+def facts_of(prepared: Prepared) -> dict[str, Any]:
+    """What is recorded beside the job, as JSON values: what it stands on, what is stored, and what that was decided by."""
+    times = stage_times(prepared)
+    stored = [choice.cut for choice in cut_choices(prepared, times) if choice.stored]
+    return {**prepared.facts, "cached_cuts": stored, "stage_times": asdict(times)}
 
 
-def cuts_to_time(cuts: Collection[int], last: int) -> list[int]:
-    """Of the cuts that a job may draw: the first, the middle and the last below the head, and the head's if it is there."""
-    live = sorted(cut for cut in set(cuts) if cut < last)
-    some = [live[0], live[len(live) // 2], live[-1]] if len(live) > 3 else live
-    return some + [last] * (last in cuts)
+def estimate(
+    job: Job, stages: Sequence[StageCost], sizes: Sizes, times: StageTimes, slots: int, stored: Mapping[int, int]
+) -> Estimate:
+    """What the search of `job` takes with `slots` trials at once, activations being stored at the cuts of `stored`, in so
+    many bytes an image.
 
-
-def affordable_batch(wanted: int, image_s: float, cuts: int) -> int:
-    """The largest batch up to `wanted`, but 2 if it can be, with which timing stays within `TIMING_S`, where an image
-    takes `image_s` forward and three times that in a step: three steps at each of `cuts` cuts, and three passes."""
-    return min(wanted, max(2, int(TIMING_S / (image_s * (9 * cuts + 3)))))
-
-
-# --- deciding ---
-
-
-def estimate(job: Job, stages: Sequence[StageCost], sizes: Sizes, costs: StepCosts, slots: int) -> Estimate:
-    """What the search of `job` takes with `slots` trials at once.
-
-    A trial at a cut below the head takes epochs x (n_train x step(cut) + n_val x forward) seconds; one of the head alone
-    epochs x (n_train + n_val) x step(head), on features that each of the `slots` processes extracts once. To both comes
-    what a trial takes to start, and, to a confirmation, a pass over test (and, for features, over its own train samples).
+    A trial takes what `trial_seconds` says. Extraction takes one pass of each image to the deepest cut that is stored: of
+    all train and val samples, and for confirmations of test and of what their own subsets and views add. Trials that train
+    together take less than that.
     """
     arms, each_arm = list(job.arms.values()), job.confirm.finalists == "arms"
     share = job.search.trials // len(arms)
@@ -210,19 +139,23 @@ def estimate(job: Job, stages: Sequence[StageCost], sizes: Sizes, costs: StepCos
     longest = [_largest(job, arm, "train.epochs") for arm in arms]
     typical = [_mean(job, arm, "train.epochs") for arm in arms]
     stopped = [expected_epochs(job.search.pruner, epochs) for epochs in typical]
-    probed = any(_chance(job, arm, "head.init", "probe") for arm in arms)
-    cached = probed or any(len(stages) in arm_cuts(job, arm, len(stages)) for arm in arms)
+    redrawn = job.confirm.seeds * (job.data.per_class is not None or job.augment.views != 0)
+    shown = _shown(job) * sizes.n_train * (1 + redrawn)
+    extracted = (shown + sizes.n_val + sizes.n_test * (confirmations > 0)) * bool(stored)
+    kept_bytes = extracted * sum(stored.values())
+    extraction_s = kept_bytes / times.read_bytes_per_s  # to write is taken to cost what reading does
+    if stored:
+        extraction_s += extracted * times.prefix_s[max(stored)] + shown * times.view_s
+    extraction = np.array([extracted, 0.0, extraction_s])
 
     def works(epochs: Sequence[float], confirm: bool = False, dearest: bool = False) -> list[np.ndarray]:
         return [
-            _work(job, arm, each, stages, sizes, costs, confirm=confirm, dearest=dearest)
+            _work(job, arm, each, len(stages), sizes, times, stored, confirm=confirm, dearest=dearest)
             for arm, each in zip(arms, epochs, strict=True)
         ]
 
     def cost(searched: Sequence[np.ndarray], finalists: Sequence[np.ndarray]) -> Cost:
-        search = share * np.sum(searched, axis=0)
-        if cached:
-            search += min(slots, trials) * _pass(sizes.n_train + sizes.n_val, costs)
+        search = share * np.sum(searched, axis=0) + extraction
         confirm = confirmations * np.mean(finalists, axis=0)
         rounds = math.ceil(confirmations / slots) / max(1, confirmations)
         forward, backward, device_s = map(float, search + confirm)
@@ -233,51 +166,37 @@ def estimate(job: Job, stages: Sequence[StageCost], sizes: Sizes, costs: StepCos
     expected = cost(works(stopped), works(typical, confirm=True))
     epochs = share * sum(longest) + confirmations * max(longest)
     disk = _disk(job, stages, sizes, trials + confirmations, confirmations, epochs, at_most.wall_s)
-    return Estimate(trials, confirmations, at_most, expected, disk)
+    return Estimate(trials, confirmations, at_most, expected, {**disk, "features": kept_bytes})
 
 
 def _work(
     job: Job,
     arm: Arm,
     epochs: float,
-    stages: Sequence[StageCost],
+    stages: int,
     sizes: Sizes,
-    costs: StepCosts,
+    times: StageTimes,
+    stored: Mapping[int, int],
     *,
     confirm: bool,
     dearest: bool,
 ) -> np.ndarray:
     """(3,): images forward, images backward and seconds of one trial of an arm, its mean or its dearest one."""
     likely = math.ceil if dearest else float
-    probe = likely(_chance(job, arm, "head.init", "probe"))
-    recalibrated = likely(_chance(job, arm, "freeze.norm", "recalibrate")) * sizes.n_train
-    redrawn = sizes.n_train if job.data.per_class is not None else 0
+    recalibrated = likely(_chance(job, arm, "freeze.norm", "recalibrate"))
+    probed = likely(_chance(job, arm, "head.init", "probe"))
+    trained = epochs * sizes.n_train
+    scored = epochs * sizes.n_val + confirm * sizes.n_test
 
     def at(cut: int) -> np.ndarray:
-        step_s = step_seconds(cut, stages, costs)
-        started = np.array([0.0, 0.0, costs.start_s + probe * costs.probe_s])
-        if cut == len(stages):
-            trained = np.array([0.0, 0.0, epochs * (sizes.n_train + sizes.n_val) * step_s])
-            return started + trained + _pass(confirm * (sizes.n_test + redrawn), costs)
-        trained = epochs * sizes.n_train * np.array([1.0, 1.0, step_s])
-        passed = epochs * sizes.n_val + recalibrated + confirm * (sizes.n_test + probe * redrawn)
-        return started + trained + _pass(passed, costs)
+        live_views = job.augment.views == "live"
+        early = (probed + recalibrated * (cut < stages)) * sizes.n_train
+        seconds = trial_seconds(times, cut, trained, scored, early, read_bytes=stored.get(cut), live_views=live_views)
+        forward = (live_views or cut not in stored) * (trained + early) + (cut not in stored) * scored
+        return np.array([forward, trained * (cut < stages), seconds])
 
-    works = [at(cut) for cut in arm_cuts(job, arm, len(stages))]
+    works = [at(cut) for cut in arm_cuts(job, arm, stages)]
     return max(works, key=itemgetter(2)) if dearest else np.mean(works, axis=0)
-
-
-def _pass(images: float, costs: StepCosts) -> np.ndarray:
-    return images * np.array([1.0, 0.0, costs.forward_s])
-
-
-def step_seconds(cut: int, stages: Sequence[StageCost], costs: StepCosts) -> float:
-    """Seconds per image of a training step at a cut: as timed, or between two timed cuts, linear in the FLOPs behind it."""
-    if cut == len(stages):
-        return costs.steps[cut]
-    timed = sorted(each for each in costs.steps if each < len(stages))
-    frozen = np.cumsum([0.0, *(stage.flop_share for stage in stages)])  # at each cut
-    return float(np.interp(frozen[cut], frozen[timed], [costs.steps[each] for each in timed]))
 
 
 def expected_epochs(pruner: Pruner, epochs: float) -> float:
@@ -353,6 +272,3 @@ def _chance(job: Job, arm: Arm, path: str, value: str) -> float:
     entry = _entry(job, arm, path)
     choices = entry if isinstance(entry, tuple) else (entry,)
     return choices.count(value) / len(choices)
-
-
-# --- showing ---

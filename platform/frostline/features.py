@@ -1,86 +1,213 @@
-"""What a trial reads: normalised images, or, where only the head trains, features that each image yields once.
+"""What a trial is fed: normalised images, or activations at its cut, read from the store or made by a pass that the
+trials of a pack share.
 
-Features are exact: the frozen backbone is deterministic and no random transform stands before it, so a trial gets the
-numbers that it would have computed itself. They are kept in memory, per process, which trials of a search share.
+Activations are exact: the frozen prefix is deterministic, and the key under which they are stored covers everything that
+could change them, the view of the image included. So a trial gets the numbers that it would have computed itself.
 """
 
 from __future__ import annotations
 
-import hashlib
+import copy
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from frostline.backbone import Backbone
+from frostline.cuts import Cut, cut_at, cuts_of, emit, widened
 from frostline.data import Dataset
-from frostline.world import mixed
+from frostline.spec import Augment, Features
+from frostline.store import Store, key_of
+from frostline.views import augmented, view_of, views_key
+from frostline.world import VERSIONED, mixed, versions
 
 EVAL_BATCH = 64
 
-Fetch = Callable[[np.ndarray], Tensor]
-"""Sample numbers (B,) to what the network is fed: (B, 3, H, W) images or (B, D) features, float32, on the device."""
+Fetch = Callable[[np.ndarray, int], Tensor]
+"""Sample numbers (B,) and the epoch, counted from 1, to what the network is fed, on the device: (B, 3, H, W) images, or
+(B, …) activations at the cut. Epoch 0 asks for the images as they are, as validation and test do."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What activations are made from, the samples, the cut and the view apart."""
+
+    backbone: Backbone
+    dataset: Dataset
+    device: torch.device
+    autocast: torch.dtype | None
+    dtype: str
+    """Of what is stored: `float32` or `float16`."""
+    augment: Augment
+    augment_seed: int
+
+    @property
+    def cuts(self) -> Mapping[int, Cut]:
+        """The cuts that the backbone can be resumed from; large networks are slow to tell (`cut`)."""
+        return cuts_of(self.backbone, self.dataset.pixels.shape[1])
+
+    def cut(self, index: int) -> Cut:
+        """The cut of this index, from which the backbone can be resumed."""
+        found = cut_at(self.backbone, self.dataset.pixels.shape[1], index)
+        assert found is not None, f"{self.backbone.name} cannot be resumed from cut {index}"
+        return found
+
+    def rounding(self, index: int) -> Cut | None:
+        """The cut at which a live pass rounds its activations, as storing them would; None where that changes nothing."""
+        exact = self.autocast is None and getattr(torch, self.dtype) == torch.get_default_dtype()
+        return None if index == 0 or exact else cut_at(self.backbone, self.dataset.pixels.shape[1], index)
+
+    def about(self, cut: int, view: int | None) -> dict[str, Any]:
+        """Everything that could change an activation (P12), as JSON values."""
+        backbone = self.backbone
+        return {
+            "backbone": backbone.name,
+            "source": backbone.source_hash,
+            "weights": backbone.weights_hash,
+            "stages": backbone.stages_hash,
+            "mean": list(backbone.mean),
+            "std": list(backbone.std),
+            "cut": cut,
+            "boundary": self.cut(cut).module,
+            "pixels": self.dataset.pixels_hash,
+            "view": None if view is None else views_key(self.augment, self.augment_seed, view),
+            "dtype": self.dtype,
+            "autocast": str(self.autocast) if self.autocast else None,
+            "device": self.device.type,
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            "batch": EVAL_BATCH,
+            "versions": {name: versions()[name] for name in VERSIONED if name in versions()},
+        }
+
+    def images(self, samples: np.ndarray, view: int | None) -> Tensor:
+        """(B, 3, H, W) normalised float32 images, channels last in memory."""
+        pixels = self.dataset.pixels[samples]  # (B, H, W, 3) uint8
+        if view is not None:
+            pixels = augmented(pixels, samples, view, self.augment, self.augment_seed)
+        mean, std = (
+            255 * torch.tensor(each, device=self.device).view(1, 3, 1, 1)
+            for each in (self.backbone.mean, self.backbone.std)
+        )
+        return (
+            torch.from_numpy(pixels)
+            .to(self.device)
+            .permute(0, 3, 1, 2)
+            .to(torch.get_default_dtype())
+            .sub_(mean)
+            .div_(std)
+        )
+
+    def view(self, epoch: int) -> int | None:
+        """The view that an epoch shows; none in epoch 0."""
+        return view_of(epoch, self.augment) if epoch else None
 
 
 @dataclass
-class FeatureStore:
-    """Features by backbone, data and sample numbers, the most recently used kept up to a budget of bytes."""
+class Feed:
+    """What a process feeds its trials, and keeps between them."""
 
-    budget_bytes: int = 1 << 30
+    resident_bytes: int = 4 << 30
+    """Activations up to this size are held in a GPU's memory; on a CPU they are read from the mapped files."""
     images_forwarded: int = 0
-    _kept: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
+    """Images that passed through a frozen prefix here, one by one counted."""
+    pass_s: float = 0.0
+    """Seconds that these passes took."""
+    _modules: dict[tuple[Backbone, torch.device], nn.Module] = field(default_factory=dict)
+    _resident: OrderedDict[tuple[str, bytes], Tensor] = field(default_factory=OrderedDict)
+    _passed_cuts: frozenset[int] = frozenset()
+    """Cuts whose activations are made by a live pass, for all the trials that will ask for the same batch."""
+    _passed: tuple[Any, dict[int, Tensor]] = (None, {})
 
-    def features(
-        self,
-        backbone: Backbone,
-        module: nn.Module,
-        dataset: Dataset,
-        samples: np.ndarray,
-        device: torch.device,
-        autocast: torch.dtype | None,
-    ) -> Tensor:
-        """(n, D) float32 pooled features of these samples under `module`, a copy on `device` of the pretrained backbone,
-        in the precision of a live forward pass."""
-        chosen = hashlib.sha256(samples.tobytes()).hexdigest()
-        network = f"{backbone.name}/{backbone.source_hash}/{backbone.weights_hash}/{backbone.stages_hash}"
-        key = f"{network}/{dataset.data_hash}/{dataset.pixels_hash}/{device}/{autocast}/{chosen}"
-        if key not in self._kept:
-            self._kept[key] = extract(module, image_fetch(backbone, dataset, device), samples, device, autocast)
+    def module(self, origin: Origin) -> nn.Module:
+        """The pristine backbone on its device, in eval mode; not to be trained."""
+        place = (origin.backbone, origin.device)
+        if place not in self._modules:
+            self._modules[place] = on_device(origin.backbone, origin.device)
+        return self._modules[place]
+
+    def images(self, origin: Origin) -> Fetch:
+        """Fetch normalised images."""
+        return lambda samples, epoch: origin.images(samples, origin.view(epoch))
+
+    def activations(self, origin: Origin, cut: int, samples: np.ndarray, features: Features) -> Fetch:
+        """Fetch activations at `cut` of these samples, from the store where the view is one that is stored.
+
+        Raises FeatureError where the store lacks some of them.
+        """
+        assert features.path is not None, "made absolute by `prepare`"
+        store = Store(features.path)
+        readers: dict[int | None, Callable[[np.ndarray], Tensor]] = {}
+        if origin.augment.views == "live":
+            self._passed_cuts |= {cut}
+
+        def fetch(wanted: np.ndarray, epoch: int) -> Tensor:
+            view = origin.view(epoch)
+            if view is not None and origin.augment.views == "live":
+                return self.pass_through(origin, self._passed_cuts, wanted, view)[cut].clone()
+            if view not in readers:
+                readers[view] = self._reader(store, key_of(origin.about(cut, view)), samples, origin.device)
+            return readers[view](wanted)
+
+        return fetch
+
+    def _reader(
+        self, store: Store, key: str, samples: np.ndarray, device: torch.device
+    ) -> Callable[[np.ndarray], Tensor]:
+        rows = store.open(key)
+        row_bytes = rows.nbytes // max(1, len(rows.samples))
+        if device.type == "cpu" or row_bytes * len(samples) > self.resident_bytes:
+            return lambda wanted: from_rows(torch.from_numpy(rows.gather(wanted)).to(device))
+        held = (key, samples.tobytes())
+        if held not in self._resident:
+            self._resident[held] = torch.from_numpy(rows.gather(samples)).to(device)
+            while sum(table.nbytes for table in self._resident.values()) > self.resident_bytes:
+                self._resident.popitem(last=False)
+        table = self._resident[held]
+        self._resident.move_to_end(held)
+        return lambda wanted: from_rows(table[torch.from_numpy(np.searchsorted(samples, wanted)).to(device)])
+
+    def pass_through(
+        self, origin: Origin, cuts: Collection[int], samples: np.ndarray, view: int | None
+    ) -> dict[int, Tensor]:
+        """Activations of these samples at `cuts`, by one pass; the same one when the last question is asked again."""
+        question = (origin, frozenset(cuts), samples.tobytes(), view)
+        if self._passed[0] != question:
+            started = time.perf_counter()
+            with mixed(origin.device, origin.autocast):
+                passed = emit(
+                    self.module(origin), [origin.cut(cut) for cut in sorted(cuts)], origin.images(samples, view)
+                )
+            dtype = getattr(torch, origin.dtype)
+            self._passed = question, {cut: widened(made.to(dtype)) for cut, made in passed.items()}
             self.images_forwarded += len(samples)
-            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self.budget_bytes:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+            self.pass_s += time.perf_counter() - started
+        return self._passed[1]
+
+    def forget_passes(self) -> None:
+        """What trials asked of live passes is over with them."""
+        self._passed_cuts, self._passed = frozenset(), (None, {})
 
 
-@torch.no_grad()
-def extract(
-    module: nn.Module, images: Fetch, samples: np.ndarray, device: torch.device, autocast: torch.dtype | None
-) -> Tensor:
-    """One pass of these samples through a backbone in eval mode: (n, D) float32. A pure function of its arguments."""
-    module.eval()
-    with mixed(device, autocast):
-        return torch.cat([module(images(chunk)).float() for chunk in chunks(samples, EVAL_BATCH)])
+def on_device(backbone: Backbone, device: torch.device) -> nn.Module:
+    """A copy of the backbone, channels last in memory."""
+    return copy.deepcopy(backbone.module).to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def image_fetch(backbone: Backbone, dataset: Dataset, device: torch.device) -> Fetch:
-    """Read samples as normalised images, channels last in memory."""
-    mean = 255 * torch.tensor(backbone.mean, device=device).view(1, 3, 1, 1)
-    std = 255 * torch.tensor(backbone.std, device=device).view(1, 3, 1, 1)
-
-    def fetch(samples: np.ndarray) -> Tensor:
-        pixels = torch.from_numpy(dataset.pixels[samples]).to(device)  # (B, H, W, 3) uint8
-        return pixels.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
-
-    return fetch
+def to_rows(activations: Tensor, dtype: str) -> np.ndarray:
+    """(B, …) activations as rows to store, in `dtype`; (B, C, H, W) as (B, H, W, C), which is how they lie in memory."""
+    if activations.ndim == 4:
+        activations = activations.permute(0, 2, 3, 1)
+    return activations.to(getattr(torch, dtype)).cpu().contiguous().numpy()
 
 
-def feature_fetch(table: Tensor, samples: np.ndarray) -> Fetch:
-    """Read samples as rows of the (n, D) features of `samples`, which are sorted."""
-    return lambda wanted: table[torch.from_numpy(np.searchsorted(samples, wanted)).to(table.device)]
+def from_rows(rows: Tensor) -> Tensor:
+    """What `to_rows` was given, in float32 at least."""
+    return widened(rows.permute(0, 3, 1, 2) if rows.ndim == 4 else rows)
 
 
 def chunks(samples: np.ndarray, size: int) -> Iterator[np.ndarray]:

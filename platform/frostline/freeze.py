@@ -59,7 +59,10 @@ class Plan:
 class Network(nn.Module):
     """A backbone under a head. Parameters are named `backbone.…` and `head.…`."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    backbone: nn.Module
+    head: nn.Sequential
+
+    def __init__(self, backbone: nn.Module, head: nn.Sequential) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -172,15 +175,11 @@ def check_masks(network: Network, applied: Applied, optimizer: torch.optim.Optim
         raise FreezeError(f"in two optimizer groups: {_some({name for name in grouped if grouped.count(name) > 1})}")
 
 
-def check_gradients(network: Network, applied: Applied, *, head_only: bool) -> None:
-    """After a backward pass every trained parameter has a gradient and every frozen one none (P11). Raises FreezeError.
-
-    `head_only`: the pass ran on features, so the backbone took no part in it.
-    """
-    expected = {name for name in applied.trained if not head_only or name.startswith("head.")}
+def check_gradients(network: Network, applied: Applied) -> None:
+    """After a backward pass every trained parameter has a gradient and every frozen one none (P11). Raises FreezeError."""
     found = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
-    if found != expected:
-        raise FreezeError(f"gradients and the freeze plan differ on {_some(found ^ expected)}")
+    if found != set(applied.trained):
+        raise FreezeError(f"gradients and the freeze plan differ on {_some(found ^ set(applied.trained))}")
 
 
 def stage_rates(applied: Applied, stages: Sequence[Stage], lr: float, head_lr: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A study in this process, one trial after the other: for debugging, and as the measure of the other executors."""
+"""A study in this process, one pack after the other: for debugging, and as the measure of the other executors."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from frostline.features import FeatureStore
+from frostline.extract import extract, survey
+from frostline.features import Feed
+from frostline.pack import run_pack
 from frostline.spec import Job
 from frostline.study import Snapshot, Study
 from frostline.train import EpochRecord
-from frostline.trial import attempt
+from frostline.trial import Outcome
 from frostline.world import World
 
 
@@ -19,18 +21,26 @@ def run_inline(
     job: Job, facts: Mapping[str, Any], splits: pa.Table, *, who: Mapping[str, Any], show: Callable[[Snapshot], None]
 ) -> Snapshot:
     """Run every trial of the study here; `show` is called after each epoch and each trial."""
-    store, world = FeatureStore(), World.here(job.resources)
+    feed, world = Feed(), World.here(job.resources)
     study = Study(job, facts, splits, who=who)
+
+    def report(records: Mapping[str, EpochRecord]) -> Mapping[str, bool]:
+        answers = study.report(records)
+        show(study.snapshot())
+        return answers
+
+    def finish(outcomes: Mapping[str, Outcome]) -> None:
+        study.finish(outcomes)
+        show(study.snapshot())
+
     try:
-        while spec := study.ask():
-
-            def report(record: EpochRecord, trial_id: str = spec.trial_id) -> bool:
-                go_on = study.report(trial_id, record)
-                show(study.snapshot())
-                return go_on
-
-            study.finish(spec.trial_id, attempt(spec, store=store, world=world, report=report))
-            show(study.snapshot())
+        while specs := study.ask():
+            if question := study.survey(specs):
+                supply = survey(question, world)
+                study.hold(supply)
+                for shard in supply.shards:
+                    study.extracted(extract(shard, feed, world))
+            run_pack(specs, feed=feed, world=world, report=report, finish=finish)
         return study.snapshot()
     finally:
         study.close()

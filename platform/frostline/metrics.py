@@ -17,7 +17,9 @@ def scores(logits: np.ndarray, labels: np.ndarray) -> dict[Metric, float]:
     occur in labels or predictions, as scikit-learn does; nll is the mean negative log-likelihood in nats.
     """
     n, classes = logits.shape
-    predicted = logits.argmax(axis=1)
+    by_class = np.ascontiguousarray(logits.T, np.float64)  # NumPy reduces a short last axis four times slower
+    predicted, top = by_class.argmax(axis=0), by_class.max(axis=0)
+    losses = np.log(np.exp(by_class - top).sum(axis=0)) + (top - by_class[labels, np.arange(n)])
     hits = np.bincount(labels[predicted == labels], minlength=classes)
     actual, called = np.bincount(labels, minlength=classes), np.bincount(predicted, minlength=classes)
     seen, either = actual > 0, actual + called > 0
@@ -25,7 +27,7 @@ def scores(logits: np.ndarray, labels: np.ndarray) -> dict[Metric, float]:
         "accuracy": float(hits.sum() / n),
         "balanced_accuracy": float((hits[seen] / actual[seen]).mean()),
         "macro_f1": float((2 * hits[either] / (actual + called)[either]).mean()),
-        "nll": float(-log_softmax(logits.astype(np.float64), axis=1)[np.arange(n), labels].mean()),
+        "nll": float(losses.mean()),
     }
 
 

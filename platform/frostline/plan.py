@@ -8,11 +8,13 @@ from datetime import timedelta
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Column, Table
 from rich.text import Text
 
 from frostline.backbone import stage_table
-from frostline.estimate import Estimate, Sizes, StepCosts, arm_cuts, estimate, local_slots, measure
+from frostline.costs import Choice, StageTimes
+from frostline.estimate import Estimate, Sizes, arm_cuts, cut_choices, estimate, local_slots, stage_times
 from frostline.pixels import cache_root
 from frostline.prepare import Prepared, prepare
 from frostline.progress import Progress
@@ -49,10 +51,14 @@ def render_plan(job: Job, console: Console) -> None:
     if not job.arms:
         console.print(_text("There is nothing to search: add [arms.NAME] with a strategy and a space."))
         return
-    costs = measure(prepared)
+    times = stage_times(prepared)
+    choices = cut_choices(prepared, times)
+    stored = {choice.cut: choice.image_bytes or 0 for choice in choices if choice.stored}
     slots = local_slots(job.resources, os.cpu_count() or 1, torch.cuda.device_count())
-    found = estimate(job, stages, sizes, costs, max(1, slots))
-    console.print(_cost_table(found, costs.device), "", _facts(_grounds(job, costs, found, slots)), sep="\n")
+    found = estimate(job, stages, sizes, times, max(1, slots), stored)
+    if choices:
+        console.print(_choice_table(choices), "", sep="\n")
+    console.print(_cost_table(found, times.device), "", _facts(_grounds(job, times, found, slots)), sep="\n")
 
 
 def _stage_table(stages: Sequence[StageCost]) -> Table:
@@ -97,6 +103,20 @@ def _space(job: Job, arm: Arm, stages: int) -> Iterator[tuple[str, str]]:
             yield path, ", ".join(map(str, entry)) if isinstance(entry, tuple) else f"{entry} (held)"
 
 
+def _choice_table(choices: Sequence[Choice]) -> Table:
+    """A line a cut: whether its activations are stored, what that gains, what it takes, and why."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for name in ("freeze\ndepth", "\nactivations", "\ngain", "KiB an\nimage"):
+        table.add_column(name, justify="left" if "activations" in name else "right", no_wrap=True)
+    table.add_column("\nwhy", overflow="fold")
+    for choice in choices:
+        gain = "-" if choice.gain is None else f"{choice.gain:.3g}x"
+        size = "-" if choice.image_bytes is None else f"{choice.image_bytes / 1024:,.1f}"
+        kept = "stored" if choice.stored else "not stored"
+        table.add_row(str(choice.cut), kept, gain, size, choice.reason)
+    return table
+
+
 def _cost_table(found: Estimate, device: str) -> Table:
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="bold")
     for name in ("", "expected", "at most"):
@@ -109,27 +129,31 @@ def _cost_table(found: Estimate, device: str) -> Table:
     times = {f"device time ({kind})": [cost.device_s for cost in costs], "wall time": [cost.wall_s for cost in costs]}
     for name, seconds in times.items():
         table.add_row(f"{name}, h:min:s", *(str(timedelta(seconds=round(each))) for each in seconds))
-    table.add_row("disk", "", _bytes(sum(found.disk.values())))
+    table.add_row("disk", "", decimal(sum(found.disk.values())))
     return table
 
 
-def _grounds(job: Job, costs: StepCosts, found: Estimate, slots: int) -> Iterator[tuple[str, str]]:
+def _grounds(job: Job, times: StageTimes, found: Estimate, slots: int) -> Iterator[tuple[str, str]]:
     """What the estimate stands on: what was measured, what is assumed, what is left out."""
-    pruner, cores, timed = job.search.pruner, os.cpu_count() or 1, ", ".join(map(str, sorted(costs.steps)))
+    pruner, cores = job.search.pruner, os.cpu_count() or 1
     stopped = "none is stopped" + (", as no claim is made for the median rule" if pruner.kind == "median" else "")
     if pruner.kind == "halving":
         stopped = f"1 in {pruner.factor} goes on at each rung of the halving"
-    steps = f"steps at freeze depth {timed} (others: by share of FLOPs), {costs.batch_size} images a batch"
-    yield "measured", f"{steps}, resources.threads = {costs.threads}, on {costs.hardware}"
+    timed = f"passes and steps in batches of {times.batch}, reading at {decimal(int(times.read_bytes_per_s))}/s"
+    yield "measured", f"{timed}, resources.threads = {times.threads}, on {times.hardware}"
     held = f"{slots}, as many as this machine holds" if slots else "1 (this machine has less than resources asks for)"
     yield "assumed", f"trials at once: {held}; none is slowed by the others"
-    if costs.device == "cpu" and slots * costs.threads > cores:
-        yield "", f"(they will be: {slots} x {costs.threads} threads on {cores} cores; raise resources.cpus)"
+    if times.device == "cpu" and slots * times.threads > cores:
+        yield "", f"(they will be: {slots} x {times.threads} threads on {cores} cores; raise resources.cpus)"
     yield "expected", f"trials spread evenly over each arm's space; {stopped}"
     yield "at most", "each trial takes its arm's dearest freeze depth and most epochs; none is stopped"
-    yield "disk", ", ".join(f"{name} {_bytes(size)}" for name, size in found.disk.items() if name != "pixels")
-    yield "", f"in {job.folder}; pixels {_bytes(found.disk['pixels'])} in {cache_root()}, there already"
-    yield "left out", "starting Ray and its workers, and what Ray and the sampler take for each trial"
+    yield "disk", ", ".join(f"{name} {decimal(size)}" for name, size in found.disk.items() if name != "pixels")
+    yield "", f"in {job.folder}, features in {job.features.path}"
+    yield "", f"pixels {decimal(found.disk['pixels'])} in {cache_root()}, there already"
+    yield (
+        "left out",
+        "starting Ray and its workers, what Ray and the sampler take, and what trials save that train together",
+    )
 
 
 def _facts(lines: Iterable[tuple[str, str]]) -> Table:
@@ -137,12 +161,6 @@ def _facts(lines: Iterable[tuple[str, str]]) -> Table:
     for name, text in lines:
         table.add_row(_text(name), _text(text))
     return table
-
-
-def _bytes(size: float) -> str:
-    """`12 kB`, `3.4 MB`, `120 GB`."""
-    scale, unit = next(((scale, unit) for scale, unit in ((1e9, "GB"), (1e6, "MB")) if size >= scale), (1e3, "kB"))
-    return f"{size / scale:,.{int(size < 10 * scale)}f} {unit}"
 
 
 def _text(value: str) -> Text:

@@ -1,4 +1,4 @@
-"""What must be known before a study: the data is read and split, the backbone loaded and cut into stages."""
+"""What must be known before a study: the data is read and split, the backbone loaded and divided into stages."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from frostline.backbone import Backbone, load_backbone
 from frostline.data import Dataset, load_data, subset
+from frostline.files import locate
 from frostline.propose import distributions
 from frostline.spec import Job, depth_of, derive_seed
 from frostline.world import find_device, hardware, versions
@@ -68,4 +69,12 @@ def _with_absolute_paths(job: Job) -> Job:
         data = data.model_copy(update={"path": str(Path(data.path).expanduser().absolute())})
     if backbone.weights not in ("pretrained", "random"):
         backbone = backbone.model_copy(update={"weights": str(Path(backbone.weights).expanduser().absolute())})
-    return job.model_copy(update={"data": data, "backbone": backbone, "results": str(job.folder.absolute())})
+    features = job.features
+    if features.path is None:
+        features = features.model_copy(update={"path": str(job.folder.absolute().parent / "features")})
+    elif "://" in features.path:
+        locate(features.path)  # refuses what is no URI of a file system
+    else:
+        features = features.model_copy(update={"path": str(Path(features.path).expanduser().absolute())})
+    folders = {"data": data, "backbone": backbone, "features": features, "results": str(job.folder.absolute())}
+    return job.model_copy(update=folders)

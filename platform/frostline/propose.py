@@ -1,29 +1,33 @@
-"""One arm's proposals: Optuna's samplers and pruners behind ask, report and tell.
+"""One arm's proposals: what to try next and what to stop, at a cost per trial that does not grow with the study.
 
-A proposal depends on the arm's history and its own number, never on a generator's hidden state: the sampler is made
-afresh for each ask, seeded by the number. So a study that is rebuilt from its rows goes on as if nothing had happened,
-and a recorded order of asks, reports and tells replays to the same proposals.
+A proposal depends on the job's seed, the arm, the numbers that are asked for together and what the arm had heard by then,
+never on a generator's hidden state. So a study that is rebuilt from its rows goes on as if nothing had happened, and a
+recorded order of asks, reports and tells replays to the same proposals.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count, islice
 from typing import Any
 
-import optuna
+import numpy as np
+from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import ExperimentalWarning
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import qmc
 
+from frostline.halving import Scores, build_rule
+from frostline.sampler import BatchSampler, Point, frozen
 from frostline.spec import (
     Arm,
     Freeze,
     Job,
-    Pruner,
     Range,
+    Sampler,
     Scalar,
     depth_of,
     derive_seed,
@@ -31,155 +35,202 @@ from frostline.spec import (
     is_searched,
 )
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+FITS = 32  # at least, of an arm's model: with 16, batches were worse than one proposal at a time
+REDRAWS = 4  # of a configuration that the arm has had, before a finite space is searched for one that it has not
+ENDED = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
 
-STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+Number = FloatDistribution | IntDistribution
 
 
 class SpaceError(ValueError):
     """A space that does not fit the backbone or the budget at hand."""
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """What an ask answers: values by dotted job key, and what Optuna keeps about them."""
-
-    values: dict[str, Any]
-    state: dict[str, Any]
-
-
-class Sobol(optuna.samplers.QMCSampler):
-    """Optuna's scrambled Sobol sequence over a space that is given, rather than inferred from earlier trials: a point
-    then depends on its number alone, however many trials run at once."""
-
-    def __init__(self, space: dict[str, BaseDistribution], seed: int) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            super().__init__(scramble=True, seed=seed)
-        self.space = space
-
-    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, BaseDistribution]:
-        return self.space
-
-
-class Grid(optuna.samplers.GridSampler):
-    """Optuna's grid, without its call to stop an optimize loop, which ask and tell do not have."""
-
-    def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
-        pass
-
-
 class Proposer:
-    """The Optuna study of one arm; its trial numbers are the arm's."""
+    """The trials of one arm, numbered in the order of asking; no two have the same configuration."""
 
     def __init__(self, job: Job, name: str, stages: int, budget: int) -> None:
         arm = job.arms[name]
-        self.kind = arm.sampler or job.search.sampler
-        self.job, self.name = job, name
-        self.space = distributions(arm, stages)
-        self.grid = {path: _grid_values(dist) for path, dist in self.space.items()} if self.kind == "grid" else {}
-        points = math.prod(len(values) for values in self.grid.values())
-        if self.grid and points < budget:
+        self.kind: Sampler = arm.sampler or job.search.sampler
+        self.search, self.maximize = job.search, job.objective.mode == "max"
+        self.seed = derive_seed(job.seed, "sampler", name)
+        self.space = dict(sorted(distributions(arm, stages).items()))
+        self.axes = [_axis(dist) for dist in self.space.values()]
+        sizes = [size for axis in self.axes if (size := _size(axis))]
+        self.points = math.prod(sizes) if len(sizes) == len(self.axes) else None
+        """How many configurations the space has, None where it has no end; an arm ends with them."""
+        if self.kind == "grid" and self.axes and (points := self.points or 0) < budget:
             raise SpaceError(
                 f"arms.{name}: its share of search.trials is {budget}, and its grid has only {points} points; "
                 f"lower search.trials to {points * len(job.arms)} or widen the space"
             )
-        self.defaults = strong_defaults(job, arm, self.space, stages) if job.search.defaults and not self.grid else []
-        self.storage = optuna.storages.InMemoryStorage()
-        self.study = optuna.create_study(
-            storage=self.storage,
-            direction="maximize" if job.objective.mode == "max" else "minimize",
-            pruner=build_pruner(job.search.pruner),
-        )
-        self.study_id = self.storage.get_study_id_from_name(self.study.study_name)
+        first = strong_defaults(job, arm, self.space, stages) if job.search.defaults and self.kind != "grid" else []
+        self.defaults = [self._point(values) for values in first]
+        self.rule = build_rule(job.search.pruner, maximize=self.maximize)
+        self.asks: list[Point] = []
+        self.used: set[Point] = set()
+        self.running: dict[int, tuple[int, float] | None] = {}  # number -> last epoch and score, None before the first
+        self.ended = 0  # complete or pruned
+        self.best: list[tuple[float, float, int, FrozenTrial]] = []  # a quarter of the history, by rank and number
+        self.latest: list[FrozenTrial] = []  # of the others, by number
+        self.passed = 0  # how far `_unused` has come
 
     @property
     def asked(self) -> int:
         """How many trials the arm has proposed."""
-        return self.storage.get_n_trials(self.study_id)
+        return len(self.asks)
 
     def values(self, number: int) -> dict[str, Any]:
         """The configuration that trial `number` was asked with, by dotted job key."""
-        return dict(self.storage.get_trial(self._trial_id(number)).params)
+        entries = zip(self.space.items(), self.asks[number], strict=True)
+        return {path: dist.to_external_repr(entry) for (path, dist), entry in entries}
 
-    def ask(self) -> Proposal:
-        """The arm's next configuration."""
-        number = self.asked
-        self.study.sampler = self._sampler(number)
-        if number < len(self.defaults):
-            self.study.enqueue_trial(self.defaults[number])
-        trial = self.study.ask(self.space)
-        kept = self.storage.get_trial(self._trial_id(number)).system_attrs
-        return Proposal(
-            dict(trial.params), {"trial": kept, "study": self.storage.get_study_system_attrs(self.study_id)}
-        )
+    def ask(self, k: int = 1) -> list[dict[str, Any]]:
+        """The arm's next `k` configurations, from one fit. There must be as many left (`points`)."""
+        first = self.asked
+        assert self.points is None or first + k <= self.points, f"{self.points} configurations, {first} asked for"
+        model = self._fit(k) if self.kind == "tpe" and self.ended >= self.search.startup_trials else None
+        sobol = self._sobol(k) if self.kind == "qmc" and self.axes else []
+        for number in range(first, first + k):
+            drawn = self._drawn(number, model, sobol[number - first :][:1])
+            point = next((point for point in drawn if point not in self.used), None) or self._unused()
+            if model:
+                model.lie(point)
+            self._add(point)
+        return [self.values(number) for number in range(first, first + k)]
 
-    def report(self, number: int, epoch: int, score: float) -> bool:
-        """Take a running trial's score after an epoch; True where the pruner would stop it now."""
-        trial_id = self._trial_id(number)
-        self.storage.set_trial_intermediate_value(trial_id, epoch, score)
-        return self.study.pruner.prune(self.study, self.storage.get_trial(trial_id))
+    def report(self, scores: Scores) -> dict[int, bool]:
+        """Take scores of running trials (number -> (epoch, score)); which of them should stop now. Those that report
+        together are compared with each other."""
+        self.running.update(scores)
+        return self.rule.report(scores)
 
-    def tell(self, number: int, status: str, score: float | None) -> dict[str, Any]:
-        """End a trial; answers what Optuna keeps about it."""
-        self.study.tell(number, score if status == "complete" else None, state=STATES[status])
-        return self.storage.get_trial(self._trial_id(number)).system_attrs
+    def tell(self, number: int, status: str, score: float | None) -> None:
+        """End a trial: `complete` with its score, `pruned` or `failed`."""
+        last = self.running.pop(number)
+        self.rule.end(number, status)
+        if status == "failed":
+            return
+        self.ended += 1
+        score, kept = score if status == "complete" else None, self.search.history // 4
+        trial = frozen(number, ENDED[status], score, last)
+        insort(self.best, (*rank(score, last, maximize=self.maximize), number, trial))
+        for *_, worst in self.best[kept:]:
+            insort(self.latest, worst, key=lambda trial: trial.number)
+        del self.best[kept:], self.latest[: kept - self.search.history]
 
     def restore(
         self,
-        proposal: Proposal,
+        values: Mapping[str, Any],
         *,
         status: str | None = None,
         score: float | None = None,
         epochs: Mapping[int, float] | None = None,
-        attrs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Add the arm's next trial as the rows have it: finished with `status`, or (None) still to be run."""
-        epochs = epochs or {}
-        if status == "pruned":  # as Optuna's own tell does
-            score = epochs[max(epochs)]
-        for key, value in proposal.state["study"].items():
-            self.storage.set_study_system_attr(self.study_id, key, value)
-        self.study.add_trial(
-            optuna.trial.create_trial(
-                state=STATES[status] if status else TrialState.RUNNING,
-                params=proposal.values,
-                distributions=self.space,
-                value=score,
-                intermediate_values=dict(epochs),
-                system_attrs=dict(attrs if attrs is not None else proposal.state["trial"]),
-            )
-        )
+        """Add the arm's next trial as the rows have it: ended with `status`, or (None) still to be run."""
+        number = self.asked
+        self._add(self._point(values))
+        for epoch, heard in sorted((epochs or {}).items()):
+            self.report({number: (epoch, heard)})
+        if status:
+            self.tell(number, status, score)
 
-    def _trial_id(self, number: int) -> int:
-        return self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
+    def _add(self, point: Point) -> None:
+        self.running[self.asked] = None
+        self.asks.append(point)
+        self.used.add(point)
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        if not self.space:
-            return optuna.samplers.RandomSampler(seed=0)
-        whole_arm = derive_seed(self.job.seed, "sampler", self.name)
-        this_ask = derive_seed(self.job.seed, "sampler", self.name, number)
-        match self.kind:
-            case "tpe":
-                return optuna.samplers.TPESampler(seed=this_ask, n_startup_trials=self.job.search.startup_trials)
-            case "random":
-                return optuna.samplers.RandomSampler(seed=this_ask)
-            case "qmc":
-                return Sobol(self.space, whole_arm)
-        return Grid(self.grid, seed=whole_arm)
+    def _point(self, values: Mapping[str, Any]) -> Point:
+        return tuple(_entry(dist, values[path]) for path, dist in self.space.items())
+
+    # --- where points come from ---
+
+    def _drawn(self, number: int, model: BatchSampler | None, sobol: Sequence[Point]) -> Iterator[Point]:
+        """What the arm's sampler would try, in this order; without end in a space without end."""
+        yield from self.defaults[number : number + 1]
+        if self.kind == "grid":
+            yield self._nth(number)
+        yield from sobol
+        if model:
+            for _ in range(REDRAWS):
+                yield from model.candidates()
+        rng = np.random.default_rng(derive_seed(self.seed, "random", number))
+        for _ in count() if self.points is None else range(REDRAWS):
+            yield self._at(rng.random((1, len(self.axes))))[0]
+
+    def _fit(self, k: int) -> BatchSampler:
+        """A model of the trials that have ended, in which those that run are bad ones."""
+        ended = [*(trial for *_, trial in self.best), *self.latest]
+        running = islice(reversed(self.running), self.search.history // 2)
+        trials = [*ended, *(frozen(number, TrialState.RUNNING, None, None) for number in running)]
+        trials.sort(key=lambda trial: trial.number)
+        seed = derive_seed(self.seed, "tpe", self.asked)
+        return BatchSampler(self.space, trials, self.asks, k, maximize=self.maximize, seed=seed)
+
+    def _sobol(self, k: int) -> list[Point]:
+        """The next `k` points of a scrambled Sobol sequence that is the arm's own."""
+        engine = qmc.Sobol(len(self.axes), rng=self.seed)
+        if self.asked:
+            engine.fast_forward(self.asked)
+        return self._at(engine.random(1 << (k - 1).bit_length())[:k])  # it warns where a draw is no power of two
+
+    def _at(self, places: np.ndarray) -> list[Point]:
+        """The points at (n, axes) places of the unit cube."""
+        if not self.axes:
+            return [()] * len(places)
+        cube = _SearchSpaceTransform(dict(zip(self.space, self.axes, strict=True)), transform_0_1=True)
+        return [tuple(map(float, cube.untransform(place).values())) for place in places]
+
+    def _unused(self) -> Point:
+        """The first point that the arm has not had, of a finite space in its seeded order."""
+        while (point := self._nth(self.passed)) in self.used:
+            self.passed += 1
+        return point
+
+    def _nth(self, index: int) -> Point:
+        assert self.points
+        entries, place = [], shuffled(index, self.points, self.seed)
+        for axis in self.axes:
+            assert axis.step
+            place, step = divmod(place, _size(axis) or 0)
+            entries.append(float(min(axis.low + step * axis.step, axis.high)))
+        return tuple(entries)
 
 
-def build_pruner(pruner: Pruner) -> optuna.pruners.BasePruner:
-    """Optuna's pruner for a job's; it hears epochs counted from 1."""
-    match pruner.kind:
-        case "halving":
-            return optuna.pruners.SuccessiveHalvingPruner(
-                min_resource=pruner.grace_epochs, reduction_factor=pruner.factor
-            )
-        case "median":
-            return optuna.pruners.MedianPruner(n_warmup_steps=pruner.grace_epochs)
-        case "none":
-            return optuna.pruners.NopPruner()
+def batch(sampler: Sampler, asked: int, share: int, lanes: int, startup: int) -> int:
+    """How many configurations an arm that has proposed `asked` of its `share` should propose at once, at most `lanes`.
+
+    All that fit, where they do not depend on results: without a model, and at random before it. Then a share of the arm
+    that leaves the model `FITS` fits: 1 in studies of up to 63 trials, 64 from 2,048.
+    """
+    if sampler == "tpe":
+        lanes = min(lanes, startup - asked if asked < startup else max(1, share // FITS))
+    return min(lanes, share - asked)
+
+
+def rank(score: float | None, last: tuple[int, float] | None, *, maximize: bool) -> tuple[float, float]:
+    """Where an ended trial stands, the least being the best, as TPE has it: complete trials by their `score`, then pruned
+    ones (None) by their last epoch, which more are better of, and the score there."""
+    sign = -1 if maximize else 1
+    if score is not None:
+        return -math.inf, sign * score
+    if last is None:
+        return 1, 0.0
+    return -last[0], math.inf if math.isnan(last[1]) else sign * last[1]
+
+
+def shuffled(index: int, size: int, seed: int) -> int:
+    """Number `index` of the numbers below `size` in a seeded order, none of which are kept: a Feistel network over the
+    next power of four, taken again while it leads out of them."""
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    while True:
+        left, right = index >> half, index & ((1 << half) - 1)
+        for turn in range(4):
+            text = f"{seed} {turn} {right}".encode()
+            left, right = right, left ^ (int.from_bytes(hashlib.sha256(text).digest()) & ((1 << half) - 1))
+        index = left << half | right
+        if index < size:
+            return index
 
 
 def distributions(arm: Arm, stages: int) -> dict[str, BaseDistribution]:
@@ -209,13 +260,24 @@ def _distinct_depths(choices: Sequence[Scalar], stages: int) -> list[Scalar]:
     return [by_depth[depth] for depth in sorted(by_depth)]
 
 
-def _grid_values(dist: BaseDistribution) -> list[Any]:
+def _axis(dist: BaseDistribution) -> Number:
+    """Of choices, their indices."""
     if isinstance(dist, CategoricalDistribution):
-        return list(dist.choices)
-    assert isinstance(dist, IntDistribution | FloatDistribution)
-    assert dist.step is not None
-    count = math.floor((dist.high - dist.low) / dist.step + 1e-9) + 1
-    return [dist.low + index * dist.step for index in range(count)]
+        return IntDistribution(0, len(dist.choices) - 1)
+    assert isinstance(dist, Number)
+    return dist
+
+
+def _size(axis: Number) -> int | None:
+    """How many values there are; None where they are continuous."""
+    return None if axis.step is None else round((axis.high - axis.low) / axis.step) + 1
+
+
+def _entry(dist: BaseDistribution, value: Any) -> float:
+    """As Optuna stores it, save that 1 and 1.0 are different choices."""
+    if isinstance(dist, CategoricalDistribution):
+        return float([(type(choice), choice) for choice in dist.choices].index((type(value), value)))
+    return float(value)
 
 
 def strong_defaults(job: Job, arm: Arm, space: Mapping[str, BaseDistribution], stages: int) -> list[dict[str, Any]]:
@@ -237,9 +299,11 @@ def _own_value(job: Job, path: str) -> Any:
 def _nearest(dist: BaseDistribution, value: Any) -> Any:
     """`value` where the distribution has it; else the nearest end of its range, or its first choice."""
     if isinstance(dist, CategoricalDistribution):
-        return value if value in dist.choices else dist.choices[0]
+        equal = [choice for choice in dist.choices if choice == value]
+        alike = [choice for choice in equal if type(choice) is type(value)]  # 1 stage, or 1.0 of them
+        return [*alike, *equal, *dist.choices][0]
     assert isinstance(dist, IntDistribution | FloatDistribution)
     held = min(max(value if value is not None else dist.low, dist.low), dist.high)
     if dist.step is not None:
-        held = dist.low + round((held - dist.low) / dist.step) * dist.step
+        held = min(dist.low + round((held - dist.low) / dist.step) * dist.step, dist.high)
     return int(held) if isinstance(dist, IntDistribution) else held

@@ -1,7 +1,7 @@
 """A study's rows: the schemas of its tables, reading them, the leaderboard, and SQL.
 
 A study is a folder: job.json (the job, and the facts that it was resolved with), splits.parquet, and one folder of numbered
-Parquet parts for each of asks, epochs, predictions and trials. A part counts once its trials are there. Everything here may
+Parquet parts for each of asks, epochs, extractions, predictions and trials. A part counts once its trials are there. Everything here may
 be called while the study is being written; a reader sees whole commits only.
 """
 
@@ -39,25 +39,33 @@ def _schema(columns: str) -> pa.Schema:
     """A schema from lines of a type and the columns that have it, in order."""
     lines = [line.split() for line in columns.strip().splitlines()]
     fields = [(name, _TYPES.get(kind) or pa.type_for_alias(kind)) for kind, *names in lines for name in names]
-    return pa.schema(fields, {VERSION: b"1"})
+    return pa.schema(fields, {VERSION: b"2"})
 
 
 SCHEMAS = {
     "asks": _schema("""
         int64   seq
         text    trial_id arm
-        int32   number
-        json    params sampler
+        int32   number batch
+        json    params
         time    asked_at
     """),
     "epochs": _schema("""
         text    trial_id
         int32   epoch
         int8    phase
-        int64   seq
+        int64   seq heard_seq
         float64 train_loss val_loss val_score val_accuracy val_balanced_accuracy val_macro_f1 lr head_lr seconds
         int64   images
         text    decision
+    """),
+    "extractions": _schema("""
+        text    cuts
+        int32   view
+        int64   images bytes
+        float64 seconds
+        text    node
+        time    started_at
     """),
     "predictions": _schema("""
         text    trial_id sample_id
@@ -85,11 +93,13 @@ SCHEMAS = {
         int32   best_epoch
         float64 val_nll test_score test_nll test_accuracy test_balanced_accuracy test_macro_f1
         int64   n_train n_val n_test
-        float64 seconds device_s seconds_data seconds_features seconds_train seconds_eval
+        float64 seconds spent_s alone_s seconds_data seconds_setup seconds_train seconds_eval
         int64   images_forward images_backward
         float64 peak_mib
         int64   trainable_params total_params
-        text    inputs audit
+        text    inputs pack
+        int32   lanes
+        text    views audit
         json    applied_lrs
         text    device precision
         int32   threads
@@ -98,7 +108,6 @@ SCHEMAS = {
         text    data_hash split_hash weights_hash
         time    started_at finished_at
         int64   ask_seq tell_seq
-        json    sampler
     """),
     "splits": _schema("""
         text    sample_id label group_id split reason
@@ -107,7 +116,7 @@ SCHEMAS = {
 """Table -> its columns, the one place where they are defined."""
 
 RECORD = "trials"
-TABLES = ("asks", "epochs", "predictions", RECORD)
+TABLES = ("asks", "epochs", "extractions", "predictions", RECORD)
 """The tables of a commit, in its order: the record is last."""
 
 STATUSES: tuple[str, ...] = ("complete", "pruned", "failed")
@@ -175,6 +184,11 @@ def read_asks(study: str | Path) -> pa.Table:
     return _read(study, "asks")
 
 
+def read_extractions(study: str | Path) -> pa.Table:
+    """One row a pass that put activations into the feature store."""
+    return _read(study, "extractions")
+
+
 def write_splits(study: Path, splits: pa.Table) -> None:
     """Record which sample is in which split, and what was excluded for which reason."""
     schema = SCHEMAS["splits"]
@@ -204,7 +218,9 @@ def leaderboard(trials: pa.Table, mode: Mode) -> Leaderboard:
     columns = ["trial_id", "arm", "round", "status", "error_kind", "reason", "finalist_of", "val_score", "test_score"]
     rows = [
         {key: _finite(value) for key, value in row.items()}
-        for row in trials.select([*columns, "epochs", "seconds", "device_s", "tell_seq", *_CONFIG]).to_pylist()
+        for row in trials.select(
+            [*columns, "epochs", "seconds", "spent_s", "alone_s", "tell_seq", *_CONFIG]
+        ).to_pylist()
     ]
     confirmed: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, dict[str, int]] = {name: dict.fromkeys(STATUSES, 0) for name in ("search", "confirm")}
@@ -218,7 +234,7 @@ def leaderboard(trials: pa.Table, mode: Mode) -> Leaderboard:
             stopped.setdefault(kind, Counter())[row["reason"] or "no reason given"] += 1
     complete = [row for row in rows if row["round"] == "search" and row["status"] == "complete"]
     complete.sort(key=lambda row: row["tell_seq"] or 0)
-    shown = ["trial_id", "arm", "val_score", "epochs", "seconds", "device_s", *_CONFIG]
+    shown = ["trial_id", "arm", "val_score", "epochs", "seconds", "spent_s", "alone_s", *_CONFIG]
     return Leaderboard(
         finalists=_ranked([_finalist(trial_id, seeds) for trial_id, seeds in confirmed.items()], "val_mean", mode),
         trials=_ranked([{key: row[key] for key in shown} for row in complete], "val_score", mode),
@@ -228,7 +244,7 @@ def leaderboard(trials: pa.Table, mode: Mode) -> Leaderboard:
 
 
 def query(study: str | Path, sql: str) -> pa.Table:
-    """The answer to a DuckDB query over trials, epochs, predictions, asks and splits, all as of one commit.
+    """The answer to a DuckDB query over trials, epochs, extractions, predictions, asks and splits, all as of one commit.
 
     The rows are verified before DuckDB sees them, and it sees nothing else: no files, no network. Raises QueryError.
     """
@@ -261,7 +277,7 @@ def to_json(study: str | Path) -> dict[str, Any]:
         "name": job["name"],
         "metric": objective["metric"],
         "mode": objective["mode"],
-        "device_s": _device_s(trials),
+        "cost": _cost(trials, read_extractions(study)),
         **asdict(leaderboard(trials, objective["mode"])),
     }
 
@@ -351,8 +367,15 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _device_s(trials: pa.Table) -> float:
-    return math.fsum(value for value in trials["device_s"].to_pylist() if _finite(value) is not None)
+def _cost(trials: pa.Table, extractions: pa.Table) -> dict[str, float]:
+    """Seconds of device time: what the trials took, what extractions took for all of them, and what the trials would have
+    taken one by one with nothing stored and nothing shared; and the images that the extractions passed."""
+    spent, alone, made = (
+        math.fsum(value for value in table[name].to_pylist() if _finite(value) is not None)
+        for table, name in ((trials, "spent_s"), (trials, "alone_s"), (extractions, "seconds"))
+    )
+    images = sum(extractions["images"].to_pylist())
+    return {"trials_s": spent, "extractions_s": made, "alone_s": alone, "images_extracted": images}
 
 
 def _line(rank: int, row: Mapping[str, Any], status: str) -> dict[str, str]:
@@ -390,7 +413,11 @@ def _summary(found: Mapping[str, Any], study: Path) -> Iterable[str]:
     for kind, reasons in found["stopped"].items():
         if kind != "pruned":
             yield f"failed, {kind}: {sum(reasons.values())}, for example: {next(iter(reasons))}"
-    yield f"device time: {_duration(found['device_s'])}"
+    cost = found["cost"]
+    spent = f"device time: {_duration(cost['trials_s'] + cost['extractions_s'])}"
+    if cost["images_extracted"]:
+        spent += f", of which {_duration(cost['extractions_s'])} for {cost['images_extracted']:,} images through frozen stages"
+    yield spent + f"; the trials one by one, nothing stored or shared, would take about {_duration(cost['alone_s'])}"
     yield f"study: {study}"
 
 

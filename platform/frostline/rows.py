@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -46,6 +46,7 @@ def describe(spec: TrialSpec, world: World) -> dict[str, Any]:
         "weight_decay": config.train.weight_decay,
         "batch_size": config.train.batch_size,
         "epochs_asked": config.train.epochs,
+        "views": str(spec.augment.views),
         "device": str(world.device),
         "threads": spec.resources.threads,
         "node": world.node,
@@ -137,40 +138,42 @@ def prediction_rows(spec: TrialSpec, logits: np.ndarray, dataset: Dataset, sampl
 
 @dataclass
 class Cost:
-    """What a trial takes: wall time by part, passes through the backbone, peak memory. Measured from its making."""
+    """What a trial takes: time by part, passes through the backbone, peak memory. Measured from its making."""
 
     device: torch.device
     passes_before: int
-    started: float = field(default_factory=time.perf_counter)
+    clock: Callable[[], float] = time.perf_counter
+    """Seconds of the trial's own: in a pack it runs while the trial's lane does."""
     laps: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.began, self.started = self.clock(), time.perf_counter()
         reset_peak(self.device)
 
     def lap(self, part: str) -> None:
         """The time since the last lap belongs to this part."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.laps[part] = self.seconds() - sum(self.laps.values())
+        self.laps[part] = self.spent() - sum(self.laps.values())
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
+    def spent(self) -> float:
+        return self.clock() - self.began
 
     def columns(self, records: Sequence[EpochRecord], row: dict[str, Any], passes: int) -> dict[str, Any]:
-        """The columns of cost, at the end of a trial with this row; `passes` through the backbone for features by now."""
+        """The columns of cost, at the end of a trial with this row; `passes` through frozen prefixes by now."""
         scoring = sum(record.eval_seconds for record in records)
+        trained = len(records) * row["n_train"]
+        scored = len(records) * row["n_val"] + row.get("n_test", 0)
         live = row["inputs"] == "images"
-        backward = live * len(records) * row["n_train"]
-        scored = live * (len(records) * row["n_val"] + row.get("n_test", 0))
         return {
-            "seconds": self.seconds(),
-            "device_s": self.seconds(),
+            "seconds": time.perf_counter() - self.started,
+            "spent_s": self.spent(),
             "seconds_data": self.laps["data"],
-            "seconds_features": self.laps["features"],
+            "seconds_setup": self.laps["setup"],
             "seconds_train": self.laps["train"] - scoring,
             "seconds_eval": self.laps.get("eval", 0.0) + scoring,
-            "images_forward": passes - self.passes_before + backward + scored,
-            "images_backward": backward,
+            "images_forward": passes - self.passes_before + live * (trained + scored),
+            "images_backward": trained if row["freeze_depth"] < row["stages"] else 0,
             "peak_mib": peak_mib(self.device),
             "finished_at": datetime.now(UTC),
         }

@@ -170,6 +170,35 @@ class Train(Frozen):
     """Arithmetic of the forward pass; `auto` is bf16 on a GPU that has it, else fp32."""
 
 
+class Augment(Frozen):
+    """How train images are varied; val and test never are. A view is a random transform that is fixed by the seed, the
+    image and the view's number, so that it is the same whether it is computed once or every time."""
+
+    views: Annotated[int, Field(ge=0, le=1000)] | Literal["live"] = 0
+    """How many views of each image there are, epoch e showing view (e - 1) mod views; 0 shows the images as they are,
+    "live" a new view in every epoch."""
+    flip: bool = True
+    """Mirror half of the views, left to right."""
+    crop: float = Field(default=0.5, gt=0, le=1)
+    """Smallest share of the area that a random crop keeps before it is scaled back; 1.0 does not crop."""
+    colour: float = Field(default=0.0, ge=0, le=1)
+    """Strength of random brightness, contrast and saturation: factors from 1 - colour to 1 + colour."""
+
+
+class Features(Frozen):
+    """What is kept of the frozen stages' work, for all trials and studies to read."""
+
+    path: str | None = None
+    """Where activations are stored: a folder that every node sees, or any URI that pyarrow writes (s3://, gs://); the
+    folder `features` beside the study's when not given."""
+    cache: Literal["auto", "all", "none"] = "auto"
+    """Which cuts are stored: those where reading pays on this hardware, all that can be resumed, or none."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Activations at the cut are rounded to this type, in trials that do not read them from storage too."""
+    budget_gb: float = Field(default=50.0, gt=0)
+    """The least recently used activations are deleted when a new study would take the store above this (10^9 bytes)."""
+
+
 class Resources(Frozen):
     """What one trial is given."""
 
@@ -217,6 +246,11 @@ class Search(Frozen):
     """What proposes configurations in arms that name no sampler of their own."""
     startup_trials: int = Field(default=10, ge=1)
     """tpe only: how many trials of an arm must have ended before the model proposes; until then it draws at random."""
+    history: int = Field(default=400, ge=20)
+    """tpe only: the model is fitted to at most this many of the arm's trials, the best and the latest, so that a proposal
+    costs the same however long the study is."""
+    lanes: int = Field(default=64, ge=1, le=4096)
+    """At most this many trials train together in one batched pass (a pack), where that is possible; 1 trains each alone."""
     defaults: bool = True
     """Start each arm with strong defaults from its space: the linear probe, and full fine-tuning at a sane rate (not with `grid`)."""
     pruner: Pruner = Pruner()
@@ -311,6 +345,8 @@ class Job(Frozen):
     freeze: Freeze = Freeze()
     head: Head = Head()
     train: Train = Train()
+    augment: Augment = Augment()
+    features: Features = Features()
     objective: Objective = Objective()
     resources: Resources = Resources()
     search: Search = Search()
@@ -341,6 +377,7 @@ class Seeds(Frozen):
 
     split: int
     subset: int
+    augment: int
     order: int
     head: int
     dropout: int
@@ -359,6 +396,10 @@ class TrialSpec(Frozen):
     data: Data
     backbone: BackboneSpec
     config: Config
+    augment: Augment
+    features: Features
+    cached: bool = False
+    """Whether activations at the trial's cut are read from the feature store, where they have been put before."""
     objective: Objective
     resources: Resources
 
@@ -377,15 +418,15 @@ def derive_seed(root: int, *names: str | int) -> int:
 def search_seeds(job: Job, arm: str, number: int) -> tuple[int, Seeds]:
     """A search trial's own seed, which drives head initialisation and dropout; all else is shared by the study."""
     seed = derive_seed(job.seed, "search", arm, number)
-    shared = {name: derive_seed(job.seed, name) for name in ("split", "subset", "order")}
+    shared = {name: derive_seed(job.seed, name) for name in ("split", "subset", "augment", "order")}
     return seed, Seeds(**shared, head=derive_seed(seed, "head"), dropout=derive_seed(seed, "dropout"))
 
 
 def confirm_seeds(job: Job, index: int) -> tuple[int, Seeds]:
     """Seed number `index` of the confirmations, the same in every arm (paired) and, lying above 2^30, never a search seed.
-    It redraws train subset, head, order and dropout together; the split stays."""
+    It redraws train subset, augmentation, head, order and dropout together; the split stays."""
     seed = (1 << 30) + derive_seed(job.seed, "confirm", index)
-    redrawn = {name: derive_seed(seed, name) for name in ("subset", "order", "head", "dropout")}
+    redrawn = {name: derive_seed(seed, name) for name in ("subset", "augment", "order", "head", "dropout")}
     return seed, Seeds(split=derive_seed(job.seed, "split"), **redrawn)
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,14 +33,19 @@ from frostline.commit import (
     publish_folder,
     write_file,
 )
-from frostline.propose import Proposal, Proposer
-from frostline.spec import Job, TrialSpec, configure, confirm_seeds, search_seeds
+from frostline.costs import alone_seconds, times_of
+from frostline.extract import Supply, Survey
+from frostline.pack import take_pack
+from frostline.propose import Proposer, batch
+from frostline.spec import Config, Job, TrialSpec, configure, confirm_seeds, depth_of, search_seeds
+from frostline.store import Store
 from frostline.train import EpochRecord
 from frostline.trial import Outcome, lost
 
 COMMIT_ROWS = 256
 COMMIT_SECONDS = 2.0
 DYING_SECONDS = 30.0
+MAY_DIFFER: dict[str, Any] = {"results": True, "features": {"path", "budget_gb"}}  # where things are, changes no number
 MAY_GROW = ("search.trials",)  # what may change, upwards, when a study is opened again
 
 
@@ -54,6 +60,8 @@ class Running:
     spec: TrialSpec
     finalist_of: str | None = None
     ask_seq: int | None = None
+    pack: str | None = None
+    lanes: int = 0
     records: list[EpochRecord] = field(default_factory=list)
     epoch_rows: list[dict[str, Any]] = field(default_factory=list)
     lost: bool = False  # its worker has died once, before the first epoch
@@ -101,11 +109,19 @@ class Study:
         try:
             clean(self.folder)
             self.share = job.search.trials // len(job.arms)
-            self.proposers = {name: Proposer(job, name, len(facts["stages"]), self.share) for name in job.arms}
-            _record_job(self.folder, job, facts, splits)
+            self.stages = len(facts["stages"])
+            self.proposers = {name: Proposer(job, name, self.stages, self.share) for name in job.arms}
+            self.shares = {
+                name: min(self.share, proposer.points or self.share) for name, proposer in self.proposers.items()
+            }
+            facts = _record_job(self.folder, job, facts, splits)
+            self.cached_cuts = frozenset(facts.get("cached_cuts", ()))
+            self.times = times_of(facts["stage_times"]) if facts.get("stage_times") else None
             self.finished: list[Finished] = []
             self.running: dict[str, Running] = {}
-            self.again: deque[Running] = deque()
+            self.waiting: list[Running] = []
+            self.surveyed: set[str] = set()
+            self.held = ExitStack()
             self.part = next_part(self.folder, results.RECORD)
             self.seq = 0
             self.pending = _no_rows()
@@ -118,59 +134,124 @@ class Study:
 
     # --- the conversation with an executor ---
 
-    def ask(self) -> TrialSpec | None:
-        """The next trial to run; None where nothing can start now (see `done`)."""
-        running = self.again.popleft() if self.again else self._next_search() or self._next_confirm()
-        if running is None:
+    def ask(self, share: int = 1) -> list[TrialSpec]:
+        """The next pack to run, where `share` packs can run at once; nothing where none can start now (see `done`).
+
+        Trials are proposed in batches, and of those that wait the ones that train least go first.
+        """
+        if not self.waiting:
+            self.waiting = self._next_search() or self._next_confirms()
+        if not self.waiting:
+            return []
+        free = max(1, share - len({running.pack for running in self.running.values()}))
+        first, *others = self.waiting
+        beside = [] if first.lost else [each.spec for each in others if not each.lost]
+        specs = take_pack([first.spec, *beside], self.stages, self.job.search.lanes, free)
+        taken = {spec.trial_id for spec in specs}
+        for running in self.waiting:
+            if running.spec.trial_id in taken:
+                running.pack, running.lanes = specs[0].trial_id, len(specs)
+                self.running[running.spec.trial_id] = running
+        self.waiting = [each for each in self.waiting if each.spec.trial_id not in taken]
+        return specs
+
+    def survey(self, specs: Sequence[TrialSpec], share: int = 1) -> Survey | None:
+        """What has to be asked of the feature store before the pack that `ask` answered can run: before the first search
+        trials, about all that may follow; before confirmations, about all that wait. None where nothing is stored, or
+        the question has been answered."""
+        asked = specs[0].round if specs else None
+        if asked is None or asked in self.surveyed or not self.cached_cuts:
             return None
-        self.running[running.spec.trial_id] = running
-        return running.spec
+        self.surveyed.add(asked)
+        if asked == "confirm":
+            return Survey((*specs, *(running.spec for running in self.waiting)), None, share)
+        return Survey(tuple(self._like(specs[0])), tuple(sorted(self.cached_cuts)), share)
 
-    def report(self, trial_id: str, record: EpochRecord) -> bool:
-        """Hear an epoch of a running trial; whether the trial should go on."""
-        running = self.running[trial_id]
-        spec = running.spec
-        stop = spec.round == "search" and self.proposers[spec.arm].report(spec.number, record.epoch, record.val_score)
-        running.records.append(record)
-        running.epoch_rows.append(_epoch_row(trial_id, record, self._next_seq(), stop))
-        return not stop
+    def _like(self, spec: TrialSpec) -> Iterator[TrialSpec]:
+        """The trial in each precision that an arm may draw: activations differ between these."""
+        entries = [arm.space.get("train.precision", self.job.train.precision) for arm in self.job.arms.values()]
+        for precision in sorted({str(each) for one in entries for each in (one if isinstance(one, tuple) else (one,))}):
+            train = spec.config.train.model_copy(update={"precision": precision})
+            yield spec.model_copy(update={"config": spec.config.model_copy(update={"train": train})})
 
-    def finish(self, trial_id: str, outcome: Outcome) -> None:
-        """Take a trial's outcome. Raises KeyError for a trial that is not running."""
+    def report(self, records: Mapping[str, EpochRecord]) -> dict[str, bool]:
+        """Hear an epoch of running trials; for each, whether it should go on. All are heard before any is judged."""
+        by_arm: dict[str, dict[int, tuple[int, float]]] = {}
+        for trial_id, record in records.items():
+            spec = self.running[trial_id].spec
+            if spec.round == "search":
+                by_arm.setdefault(spec.arm, {})[spec.number] = record.epoch, record.val_score
+        stops = {
+            (arm, number): stop
+            for arm, heard in by_arm.items()
+            for number, stop in self.proposers[arm].report(heard).items()
+        }
+        answers, heard_seq = {}, self.seq
+        for trial_id, record in records.items():
+            running = self.running[trial_id]
+            stop = running.spec.round == "search" and stops[running.spec.arm, running.spec.number]
+            running.records.append(record)
+            running.epoch_rows.append(_epoch_row(trial_id, record, self._next_seq(), heard_seq, stop))
+            answers[trial_id] = not stop
+        return answers
+
+    def hold(self, supply: Supply) -> None:
+        """Keep what the trials read from being deleted for as long as the study is open."""
+        self.held.enter_context(Store(supply.root).hold(supply.keys))
+
+    def extracted(self, row: Mapping[str, Any]) -> None:
+        """Take the row of an extraction; it is committed with the next trial that ends."""
+        self.pending["extractions"].append(dict(row))
+
+    def finish(self, outcomes: Mapping[str, Outcome]) -> None:
+        """Take the outcomes of trials. Raises KeyError for a trial that is not running."""
+        for trial_id, outcome in outcomes.items():
+            self._finish(trial_id, outcome)
+        self.commit_if_due()
+
+    def _finish(self, trial_id: str, outcome: Outcome) -> None:
         running = self.running[trial_id]
         row = outcome.row | {
             "finalist_of": running.finalist_of,
             "ask_seq": running.ask_seq,
             "tell_seq": self._next_seq(),
+            "pack": running.pack,
+            "lanes": running.lanes,
+            "alone_s": self._alone_s(outcome.row),
         }
         done = remember(row)
         if outcome.bundle and best_of([*self._confirmed(), done], self.mode) == done:
             publish_folder(self.folder / "bundle", outcome.bundle)
         if running.spec.round == "search":
-            told = self.proposers[row["arm"]].tell(row["number"], row["status"], row.get("val_score"))
-            row["sampler"] = json.dumps(told)
+            self.proposers[row["arm"]].tell(row["number"], row["status"], row.get("val_score"))
         self.pending["trials"].append(row)
         self.pending["epochs"] += running.epoch_rows
         self.pending["predictions"] += outcome.predictions
         del self.running[trial_id]
         self.finished.append(done)
-        self.commit_if_due()
 
-    def lose(self, trial_id: str, reason: str) -> None:
-        """End a trial whose worker is gone, unless it had finished. One that had not begun is run again, once."""
-        running = self.running.get(trial_id)
-        if running is None:
-            return
-        if running.records or running.lost:
-            self.finish(trial_id, lost(running.spec, running.records, reason))
-        else:
-            del self.running[trial_id]
-            self.again.append(replace(running, lost=True))
+    def lose(self, trial_ids: Sequence[str], reason: str) -> None:
+        """End trials whose worker is gone, unless they had finished. One that had not begun is run again, once and alone:
+        of a pack, the lane that takes its process with it may be any."""
+        again = []
+        for running in [self.running[trial_id] for trial_id in trial_ids if trial_id in self.running]:
+            if running.records or running.lost:
+                outcome = lost(running.spec, running.records, reason)
+                self.finish({running.spec.trial_id: outcome})
+            else:
+                del self.running[running.spec.trial_id]
+                again.append(replace(running, lost=True))
+        self.waiting = [*again, *self.waiting]
+
+    @property
+    def total(self) -> int:
+        """Trials of the search: a finite space may have fewer points than its arm's share."""
+        return sum(self.shares.values())
 
     @property
     def done(self) -> bool:
         """Whether every trial and confirmation has finished."""
-        return not (self.running or self.again) and self._search_left() == 0 and not self._to_confirm()
+        return not (self.running or self.waiting) and self._search_left() == 0 and not self._to_confirm()
 
     def snapshot(self) -> Snapshot:
         """Where the study stands; commits what is due."""
@@ -178,13 +259,13 @@ class Study:
         search = [trial for trial in self.finished if trial.round == "search"]
         confirmed = self._confirmed()
         to_confirm = len(self._confirmations())
-        if len(search) < self.job.search.trials:
+        if len(search) < self.total:
             to_confirm = self.job.confirm.seeds * (1 if self.job.confirm.finalists == "best" else len(self.job.arms))
         statuses = Counter(trial.status for trial in self.finished)
         return Snapshot(
             done=len(search),
             running=len(self.running),
-            total=self.job.search.trials,
+            total=self.total,
             pruned=statuses["pruned"],
             failed=statuses["failed"],
             confirmed=len(confirmed),
@@ -230,36 +311,43 @@ class Study:
             while self.sending or self.pending["trials"]:
                 self.commit()
         finally:
+            self.held.close()
             self.lease.release()
 
     # --- what comes next ---
 
     def _search_left(self) -> int:
-        return sum(max(0, self.share - proposer.asked) for proposer in self.proposers.values())
+        return sum(self.shares[name] - proposer.asked for name, proposer in self.proposers.items())
 
-    def _next_search(self) -> Running | None:
-        open_arms = [name for name, proposer in self.proposers.items() if proposer.asked < self.share]
+    def _next_search(self) -> list[Running]:
+        """A batch of proposals of the arm that has proposed least, those that train least first."""
+        open_arms = [name for name, proposer in self.proposers.items() if proposer.asked < self.shares[name]]
         if not open_arms:
-            return None
+            return []
         name = min(open_arms, key=lambda name: self.proposers[name].asked)
-        number = self.proposers[name].asked
-        proposal = self.proposers[name].ask()
-        running = Running(self._search_spec(name, number, proposal), ask_seq=self._next_seq())
-        self.pending["asks"].append(
-            {
-                "seq": running.ask_seq,
-                "trial_id": running.spec.trial_id,
-                "arm": name,
-                "number": number,
-                "params": json.dumps(proposal.values),
-                "sampler": json.dumps(proposal.state),
-                "asked_at": datetime.now(UTC),
-            }
-        )
-        return running
+        proposer, search = self.proposers[name], self.job.search
+        first = proposer.asked
+        found = []
+        size = batch(proposer.kind, first, self.shares[name], search.lanes, search.startup_trials)
+        for number, values in enumerate(proposer.ask(size), first):
+            running = Running(self._search_spec(name, number, values), ask_seq=self._next_seq())
+            found.append(running)
+            self.pending["asks"].append(
+                {
+                    "seq": running.ask_seq,
+                    "trial_id": running.spec.trial_id,
+                    "arm": name,
+                    "number": number,
+                    "batch": first,
+                    "params": json.dumps(values),
+                    "asked_at": datetime.now(UTC),
+                }
+            )
+        return sorted(found, key=lambda running: -depth_of(running.spec.config.freeze, self.stages))
 
-    def _search_spec(self, arm: str, number: int, proposal: Proposal) -> TrialSpec:
+    def _search_spec(self, arm: str, number: int, values: Mapping[str, Any]) -> TrialSpec:
         seed, seeds = search_seeds(self.job, arm, number)
+        config = configure(self.job, self.job.arms[arm], values)
         return TrialSpec(
             trial_id=f"{arm}-{number:05d}",
             arm=arm,
@@ -267,43 +355,58 @@ class Study:
             round="search",
             seed=seed,
             seeds=seeds,
-            config=configure(self.job, self.job.arms[arm], proposal.values),
-            **self._shared(),
+            config=config,
+            **self._shared(config),
         )
 
-    def _next_confirm(self) -> Running | None:
-        missing = self._to_confirm()
-        if not missing:
-            return None
-        finalist, index = self._confirmations()[missing[0]]
+    def _next_confirms(self) -> list[Running]:
+        """All confirmations that have not begun; those of one seed could train together."""
+        return [
+            Running(self._confirm_spec(trial_id), finalist_of=finalist.trial_id)
+            for trial_id, (finalist, _) in self._confirmations().items()
+            if trial_id in self._to_confirm()
+        ]
+
+    def _confirm_spec(self, trial_id: str) -> TrialSpec:
+        finalist, index = self._confirmations()[trial_id]
         seed, seeds = confirm_seeds(self.job, index)
-        spec = TrialSpec(
-            trial_id=missing[0],
+        arm = self.job.arms[finalist.arm]
+        config = configure(self.job, arm, self.proposers[finalist.arm].values(finalist.number))
+        return TrialSpec(
+            trial_id=trial_id,
             arm=finalist.arm,
             number=finalist.number,
             round="confirm",
             seed=seed,
             seeds=seeds,
-            config=configure(
-                self.job, self.job.arms[finalist.arm], self.proposers[finalist.arm].values(finalist.number)
-            ),
-            **self._shared(),
+            config=config,
+            **self._shared(config),
         )
-        return Running(spec, finalist_of=finalist.trial_id)
 
-    def _shared(self) -> dict[str, Any]:
+    def _shared(self, config: Config) -> dict[str, Any]:
         job = self.job
         return {
             "data": job.data,
             "backbone": job.backbone,
+            "augment": job.augment,
+            "features": job.features,
+            "cached": depth_of(config.freeze, self.stages) in self.cached_cuts,
             "objective": job.objective,
             "resources": job.resources,
         }
 
+    def _alone_s(self, row: Mapping[str, Any]) -> float | None:
+        """What the trial would have taken by itself; null where its cut, its data or the cost of a stage is not known."""
+        if self.times is None or row.get("n_val") is None:
+            return None
+        sizes = (row["n_train"], row["n_val"], row.get("n_test", 0))
+        early = (row["head_init"] == "probe") + (row["norm"] == "recalibrate" and row["freeze_depth"] < row["stages"])
+        return alone_seconds(self.times, row["freeze_depth"], row["epochs"], *sizes, early=early)
+
     def _confirmations(self) -> dict[str, tuple[Finished, int]]:
         """Trial id of every confirmation -> its finalist and the number of its seed; none before the search has ended."""
         search = [trial for trial in self.finished if trial.round == "search"]
-        if len(search) < self.job.search.trials:
+        if len(search) < self.total:
             return {}
         finalists = choose_finalists(search, self.job.confirm.finalists, self.mode)
         return {
@@ -327,7 +430,7 @@ class Study:
         if not search:
             return None
         whole = [trial.seconds for trial in self.finished if trial.status == "complete"]
-        left = (self.job.search.trials - len(search)) * fmean(search) + to_confirm * fmean(whole or search)
+        left = (self.total - len(search)) * fmean(search) + to_confirm * fmean(whole or search)
         return left / max(1, len(self.running))
 
     def _next_seq(self) -> int:
@@ -346,20 +449,15 @@ class Study:
             last_seq = max(last_seq, epoch["seq"])
         by_id = {row["trial_id"]: row for row in rows}
         for ask in sorted(results.read_asks(self.folder).to_pylist(), key=lambda ask: ask["seq"]):
-            proposal = Proposal(json.loads(ask["params"]), json.loads(ask["sampler"]))
-            row = by_id.get(ask["trial_id"])
+            values, row = json.loads(ask["params"]), by_id.get(ask["trial_id"])
+            proposer = self.proposers[ask["arm"]]
             if row is None:
-                self.proposers[ask["arm"]].restore(proposal)
-                spec = self._search_spec(ask["arm"], ask["number"], proposal)
-                self.again.append(Running(spec, ask_seq=ask["seq"]))
+                proposer.restore(values)
+                spec = self._search_spec(ask["arm"], ask["number"], values)
+                self.waiting.append(Running(spec, ask_seq=ask["seq"]))
             else:
-                self.proposers[ask["arm"]].restore(
-                    proposal,
-                    status=row["status"],
-                    score=row["val_score"],
-                    epochs=epochs.get(ask["trial_id"]),
-                    attrs=json.loads(row["sampler"]),
-                )
+                heard = epochs.get(ask["trial_id"], {})
+                proposer.restore(values, status=row["status"], score=row["val_score"], epochs=heard)
             last_seq = max(last_seq, ask["seq"])
         self.finished = [remember(row) for row in sorted(rows, key=lambda row: row["tell_seq"])]
         self.seq = max([last_seq, *(row["tell_seq"] for row in rows)]) + 1
@@ -421,10 +519,13 @@ def _take_lease(folder: Path, who: Mapping[str, Any]) -> Lease:
         return Lease.take(folder, who, wait_s=DYING_SECONDS)
 
 
-def _record_job(folder: Path, job: Job, facts: Mapping[str, Any], splits: pa.Table) -> None:
-    """Write the resolved job and the splits into a new study; hold them against those that an old one was begun with."""
+def _record_job(folder: Path, job: Job, facts: Mapping[str, Any], splits: pa.Table) -> Mapping[str, Any]:
+    """Write the resolved job and the splits into a new study; hold them against those that an old one was begun with.
+
+    Answers the facts that the study was begun with: what is stored was decided by these.
+    """
     path = folder / "job.json"
-    record = {"job": job.model_dump(mode="json", exclude={"results"}), "facts": dict(facts)}
+    record = {"job": job.model_dump(mode="json", exclude=MAY_DIFFER), "facts": dict(facts)}
     if path.exists() and committed_parts(folder, results.RECORD):
         old = json.loads(path.read_text(encoding="utf-8"))
         changed = differences(old["job"], record["job"])
@@ -441,18 +542,21 @@ def _record_job(folder: Path, job: Job, facts: Mapping[str, Any], splits: pa.Tab
                 + "\nGive this job another "
                 "name (name=NEW), or set these keys back to continue the study; only search.trials may grow."
             )
+        record["facts"] = old["facts"]
         if not changed:
-            return
+            return old["facts"]
     results.write_splits(folder, splits)
     write_file(path, (json.dumps(record, indent=2) + "\n").encode())
+    return record["facts"]
 
 
-def _epoch_row(trial_id: str, record: EpochRecord, seq: int, stop: bool) -> dict[str, Any]:
+def _epoch_row(trial_id: str, record: EpochRecord, seq: int, heard_seq: int, stop: bool) -> dict[str, Any]:
     return {
         "trial_id": trial_id,
         "epoch": record.epoch,
         "phase": 0,
         "seq": seq,
+        "heard_seq": heard_seq,
         "train_loss": record.train_loss,
         "val_loss": record.val["nll"],
         "val_score": record.val_score,

@@ -1,12 +1,13 @@
-"""Training one network on one process: a generator of epoch records."""
+"""Training one network on one process: a generator of steps and epoch records."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
+from frostline.cuts import widened
 from frostline.features import EVAL_BATCH, Fetch, chunks
 from frostline.freeze import Applied, Network, check_gradients, check_masks, train_mode
+from frostline.head import seed_dropout
 from frostline.metrics import scores
 from frostline.spec import Metric, Train
 from frostline.world import mixed
@@ -59,7 +62,12 @@ class Seeding:
     dropout: int
 
 
-def train_epochs(
+def train_epochs(*arguments: Any, **named: Any) -> Iterator[EpochRecord]:
+    """`train_steps` without its steps: the record of each epoch."""
+    return (record for record in train_steps(*arguments, **named) if record)
+
+
+def train_steps(
     network: Network,
     applied: Applied,
     config: Train,
@@ -68,26 +76,25 @@ def train_epochs(
     val: Batches,
     metric: Metric,
     seeding: Seeding,
-    head_only: bool,
     autocast: torch.dtype | None,
-) -> Iterator[EpochRecord]:
-    """Train and yield a record after each epoch; stop by closing the generator.
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[EpochRecord | None]:
+    """Train; yield None after each step of an epoch but its last, and the record after that. Stop by closing it.
 
-    `head_only`: the batches hold features, and only the head runs. Raises NonFiniteError, or FreezeError where masks,
-    optimizer and gradients do not agree.
+    `clock` answers seconds. Raises NonFiniteError, or FreezeError where masks, optimizer and gradients do not agree.
     """
-    model = network.head if head_only else network
     optimizer = build_optimizer(network, applied, config)
     check_masks(network, applied, optimizer)
     average = Average(network, applied, config.ema) if config.ema is not None else None
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order = np.random.default_rng(seeding.order)
     torch.manual_seed(seeding.dropout)
+    seed_dropout(network.head, seeding.dropout)
     per_epoch = -(-len(train.samples) // config.batch_size)
     step, factor = 0, 0.0
 
     for epoch in range(1, config.epochs + 1):
-        started = time.perf_counter()
+        started = clock()
         train_mode(network, applied)
         total = torch.zeros((), device=train.labels.device)
         for batch in chunks(order.permutation(len(train.samples)), config.batch_size):
@@ -96,13 +103,13 @@ def train_epochs(
                 group["lr"] = factor * group["peak_lr"]
             optimizer.zero_grad(set_to_none=True)
             with mixed(train.labels.device, autocast):
-                logits = model(train.fetch(train.samples[batch]))
+                logits = network(train.fetch(train.samples[batch], epoch))
                 loss = functional.cross_entropy(
-                    logits.float(), train.labels[batch], label_smoothing=config.label_smoothing
+                    widened(logits), train.labels[batch], label_smoothing=config.label_smoothing
                 )
             loss.backward()
             if step == 0:
-                check_gradients(network, applied, head_only=head_only)
+                check_gradients(network, applied)
             if config.clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             optimizer.step()
@@ -110,17 +117,19 @@ def train_epochs(
                 average.update(step)
             total += loss.detach() * len(batch)
             step += 1
+            if step % per_epoch:
+                yield None
         train_loss = float(total) / len(train.samples)
         if not math.isfinite(train_loss):
             raise NonFiniteError(f"the training loss of epoch {epoch} is {train_loss}; {REMEDY}")
 
-        eval_started = time.perf_counter()
+        eval_started = clock()
         with average.swapped_in() if average is not None else nullcontext():
-            logits = predict(model, val, autocast)
+            logits = predict(network, val, autocast)
         if not np.isfinite(logits).all():
             raise NonFiniteError(f"validation after epoch {epoch} gives logits that are not finite; {REMEDY}")
         val_scores = scores(logits, val.labels.cpu().numpy())
-        finished = time.perf_counter()
+        finished = clock()
         yield EpochRecord(
             epoch=epoch,
             train_loss=train_loss,
@@ -161,12 +170,11 @@ def rate_factor(step: int, steps: int, config: Train) -> float:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: Batches, autocast: torch.dtype | None = None) -> np.ndarray:
-    """(n, classes) float32 logits of a model in eval mode, in the order of the samples."""
+def predict(model: nn.Module, batches: Batches, autocast: torch.dtype | None = None, *, epoch: int = 0) -> np.ndarray:
+    """(n, outputs) of a model in eval mode, in the order of the samples: float32, or float64 where it computes in that."""
     model.eval()
-    device = batches.labels.device
-    with mixed(device, autocast):
-        parts = [model(batches.fetch(chunk)).float().cpu() for chunk in chunks(batches.samples, EVAL_BATCH)]
+    with mixed(batches.labels.device, autocast):
+        parts = [widened(model(batches.fetch(chunk, epoch))).cpu() for chunk in chunks(batches.samples, EVAL_BATCH)]
     return torch.cat(parts).numpy()
 
 
@@ -188,7 +196,7 @@ def recalibrate(network: Network, applied: Applied, train: Batches, seed: int) -
         layer.training = True
     order = np.random.default_rng(seed).permutation(train.samples)
     for part in np.array_split(order, -(-len(order) // EVAL_BATCH)):
-        network(train.fetch(part))
+        network(train.fetch(part, 1))
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
         layer.training = False

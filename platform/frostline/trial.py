@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
 
 from frostline.backbone import load_backbone
 from frostline.bundle import bundle_files
+from frostline.cuts import resume, round_at
 from frostline.data import load_data, subset
-from frostline.features import FeatureStore, feature_fetch, image_fetch
-from frostline.freeze import FreezeError, Network, apply_plan, compile_plan, fixed_hash
+from frostline.features import Feed, Origin, on_device
+from frostline.freeze import Applied, FreezeError, Network, apply_plan, compile_plan, fixed_hash
 from frostline.head import build_head, set_probe
 from frostline.rows import (
     Cost,
@@ -30,7 +30,7 @@ from frostline.rows import (
     summarise,
 )
 from frostline.spec import TrialSpec
-from frostline.train import Batches, EpochRecord, Seeding, predict, recalibrate, train_epochs
+from frostline.train import Batches, EpochRecord, Seeding, predict, recalibrate, train_steps
 from frostline.world import World, autocast_dtype
 
 Report = Callable[[EpochRecord], bool]
@@ -46,49 +46,62 @@ class Outcome:
     bundle: dict[str, bytes] = field(default_factory=dict)
 
 
-def run_trial(
-    spec: TrialSpec, *, store: FeatureStore, world: World, report: Report, row: dict[str, Any] | None = None
-) -> Outcome:
-    """Train one configuration and score it on val; a confirmation also on test, once, with predictions and a bundle.
+def run_trial(spec: TrialSpec, *, feed: Feed, world: World, report: Report) -> Outcome:
+    """Train one configuration and score it on val; a confirmation also on test, once, with predictions and a bundle."""
+    steps, answer = trial_steps(spec, feed=feed, world=world, row={}), None
+    while True:
+        try:
+            record = steps.send(answer)
+        except StopIteration as end:
+            return end.value
+        answer = report(record) if record else None
 
-    Columns are put into `row` as they become known. Raises what goes wrong; `attempt` makes a failed row of it.
+
+def trial_steps(
+    spec: TrialSpec,
+    *,
+    feed: Feed,
+    world: World,
+    row: dict[str, Any],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Generator[EpochRecord | None, bool | None, Outcome]:
+    """A trial, step by step: yields None before and between steps, and after an epoch its record, for which it is sent
+    whether to go on. Columns are put into `row` as they become known. Raises what goes wrong.
     """
-    config, device, cost = spec.config, world.device, Cost(world.device, store.images_forwarded)
-    outcome = Outcome({} if row is None else row)
-    row = outcome.row
+    config, cost = spec.config, Cost(world.device, feed.images_forwarded, clock)
     row |= describe(spec, world)
-    dataset = load_data(spec.data, spec.seeds.split)
-    train_samples = subset(dataset, spec.data.per_class, spec.seeds.subset)
+    origin = origin_of(spec, world)
+    backbone, dataset = origin.backbone, origin.dataset
     cost.lap("data")
 
-    backbone = load_backbone(spec.backbone, image_size=spec.data.image_size)
     plan = compile_plan(config.freeze, backbone.stages)
-    head_only = plan.cut == len(backbone.stages)
-    head = build_head(config.head, backbone.feature_dim, len(dataset.classes), spec.seeds.head)
-    network = Network(copy.deepcopy(backbone.module), head).to(device).to(memory_format=torch.channels_last)
+    network = Network(on_device(backbone, world.device), head_of(spec, origin))
     applied = apply_plan(plan, network, backbone)
-    autocast = autocast_dtype(config.train.precision, device)
     row |= describe_network(network, applied, backbone, plan.cut, config.train)
-    row |= {"inputs": "features" if head_only else "images", "precision": "bf16" if autocast else "fp32"}
-
-    def features(samples: np.ndarray) -> Tensor:
-        return store.features(backbone, network.backbone, dataset, samples, device, autocast)
+    row |= {"inputs": "features" if spec.cached else "images", "precision": "bf16" if origin.autocast else "fp32"}
+    if spec.cached:
+        resume(network.backbone, origin.cut(plan.cut))
+    elif cut := origin.rounding(plan.cut):
+        round_at(network.backbone, cut, getattr(torch, origin.dtype))
 
     def batches(samples: np.ndarray) -> Batches:
-        fetch = feature_fetch(features(samples), samples) if head_only else image_fetch(backbone, dataset, device)
-        return Batches(fetch, samples, torch.from_numpy(dataset.labels[samples]).to(device))
+        read = feed.activations(origin, plan.cut, samples, spec.features) if spec.cached else feed.images(origin)
+        return Batches(read, samples, torch.from_numpy(dataset.labels[samples]).to(world.device))
 
-    train, val = batches(train_samples), batches(dataset.indices("val"))
+    train = batches(subset(dataset, spec.data.per_class, spec.seeds.subset))
+    val = batches(dataset.indices("val"))
     row |= describe_data(dataset, train, val)
     if config.head.init == "probe":
-        set_probe(head, features(train_samples), dataset.labels[train_samples])
+        pooled = predict(network.backbone, train, origin.autocast, epoch=1)
+        set_probe(network.head, torch.from_numpy(pooled), dataset.labels[train.samples])
     if applied.recalibrated:
         recalibrate(network, applied, train, spec.seeds.order)
-    cost.lap("features")
-
     held = fixed_hash(network, applied)
+    cost.lap("setup")
+    yield None
+
     records, status = [], "complete"
-    for record in train_epochs(
+    for record in train_steps(
         network,
         applied,
         config.train,
@@ -96,58 +109,71 @@ def run_trial(
         val=val,
         metric=spec.objective.metric,
         seeding=Seeding(spec.seeds.order, spec.seeds.dropout),
-        head_only=head_only,
-        autocast=autocast,
+        autocast=origin.autocast,
+        clock=clock,
     ):
-        records.append(record)
-        if not report(record) and record.epoch < config.train.epochs:
-            status = "pruned"
-            break
+        go_on = yield record
+        if record:
+            records.append(record)
+            if not go_on and record.epoch < config.train.epochs:
+                status = "pruned"
+                break
     if fixed_hash(network, applied) != held:
         raise FreezeError("training moved a tensor that the freeze plan holds fixed")
     row |= {"audit": "passed"} | summarise(spec, records, status)
     cost.lap("train")
 
+    outcome = Outcome(row)
     if spec.round == "confirm" and status == "complete":
         test = batches(dataset.indices("test"))
-        logits = predict(network.head if head_only else network, test, autocast)
-        row |= score_on_test(spec, logits, dataset.labels[test.samples])
-        outcome.predictions = prediction_rows(spec, logits, dataset, test.samples)
-        outcome.bundle = bundle_files(spec, network, applied, backbone, dataset.classes, row)
+        confirm(outcome, spec, test.samples, predict(network, test, origin.autocast), network, applied, origin)
         cost.lap("eval")
-    row |= cost.columns(records, row, store.images_forwarded)
+    row |= cost.columns(records, row, feed.images_forwarded)
     return outcome
 
 
-def attempt(spec: TrialSpec, *, store: FeatureStore, world: World, report: Report) -> Outcome:
-    """`run_trial`, with whatever goes wrong in it as a row of status `failed`: a kind, a reason, the traceback's end.
+def head_of(spec: TrialSpec, origin: Origin) -> nn.Sequential:
+    """The trial's head as it starts, on its device."""
+    features, classes = origin.backbone.feature_dim, len(origin.dataset.classes)
+    return build_head(spec.config.head, features, classes, spec.seeds.head).to(origin.device)
 
-    What goes wrong in `report` is not the trial's failure, and is raised.
-    """
-    row: dict[str, Any] = {}
-    records: list[EpochRecord] = []
-    unheard: list[Exception] = []
-    started = time.perf_counter()
 
-    def listen(record: EpochRecord) -> bool:
-        records.append(record)
-        try:
-            return report(record)
-        except Exception as error:
-            unheard.append(error)
-            raise
+def confirm(
+    outcome: Outcome,
+    spec: TrialSpec,
+    samples: np.ndarray,
+    logits: np.ndarray,
+    network: Network,
+    applied: Applied,
+    origin: Origin,
+) -> None:
+    """Score a trained network by its (n, classes) logits of the test samples; keep the predictions and the bundle."""
+    dataset = origin.dataset
+    outcome.row |= score_on_test(spec, logits, dataset.labels[samples])
+    outcome.predictions = prediction_rows(spec, logits, dataset, samples)
+    outcome.bundle = bundle_files(spec, network, applied, origin.backbone, dataset.classes, outcome.row)
 
-    try:
-        return run_trial(spec, store=store, world=world, report=listen, row=row)
-    except Exception as error:
-        if unheard:
-            raise
-        seconds = time.perf_counter() - started
-        row |= summarise(spec, records, "failed") | failure(error)
-        row |= {"seconds": seconds, "device_s": seconds, "finished_at": datetime.now(UTC)}
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return Outcome(row)
+
+def origin_of(spec: TrialSpec, world: World) -> Origin:
+    """What the trial's activations are made from: data and backbone are loaded once per process."""
+    return Origin(
+        backbone=load_backbone(spec.backbone, image_size=spec.data.image_size),
+        dataset=load_data(spec.data, spec.seeds.split),
+        device=world.device,
+        autocast=autocast_dtype(spec.config.train.precision, world.device),
+        dtype=spec.features.dtype,
+        augment=spec.augment,
+        augment_seed=spec.seeds.augment,
+    )
+
+
+def failed(
+    spec: TrialSpec, row: dict[str, Any], records: Sequence[EpochRecord], error: Exception, spent_s: float
+) -> Outcome:
+    """The outcome of a trial in which something went wrong, with the columns known by then: a kind, a reason, the
+    traceback's end."""
+    row |= summarise(spec, records, "failed") | failure(error)
+    return Outcome(row | {"seconds": spent_s, "spent_s": spent_s, "finished_at": datetime.now(UTC)})
 
 
 def lost(spec: TrialSpec, records: Sequence[EpochRecord], reason: str) -> Outcome:
@@ -155,5 +181,5 @@ def lost(spec: TrialSpec, records: Sequence[EpochRecord], reason: str) -> Outcom
     row = describe(spec, World(torch.device("cpu"), "unknown")) | summarise(spec, records, "failed")
     row |= dict.fromkeys(("device", "hardware", "node", "started_at"))
     seconds = sum(record.seconds for record in records)
-    row |= {"error_kind": "worker_lost", "reason": reason, "seconds": seconds, "device_s": seconds}
+    row |= {"error_kind": "worker_lost", "reason": reason, "seconds": seconds, "spent_s": seconds}
     return Outcome(row | {"finished_at": datetime.now(UTC)})

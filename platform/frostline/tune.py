@@ -11,7 +11,8 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,20 @@ from ray.exceptions import AuthenticationError, RayTaskError
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from frostline.features import FeatureStore
+from frostline.extract import Shard, Supply, Survey, extract, survey
+from frostline.features import Feed
+from frostline.pack import Finish, Report, run_pack
 from frostline.spec import Job, TrialSpec
 from frostline.study import Snapshot, Study
 from frostline.train import EpochRecord
-from frostline.trial import Outcome, Report, attempt
+from frostline.trial import Outcome
 from frostline.world import World, gpus_of_a_trial, trials_at_once
 
+Work = Survey | Shard | list[TrialSpec]
+"""What a Tune trial does; a list is a pack."""
+
 POLL_SECONDS = 0.5
+EXTRACTION_TRIES = 2  # of one shard whose worker dies
 QUIET_LOGGERS = (
     "ray.tune",  # warns of result files that it was told not to write
     "ray._private.authentication.authentication_token_setup",  # says at each start that token authentication is on
@@ -54,26 +61,45 @@ class ClusterError(ConnectionError):
     """A Ray cluster that cannot be reached."""
 
 
+class ExtractionError(RuntimeError):
+    """Activations that the trials need, and on whose extraction workers die."""
+
+
 class StudyActor:
     """The study's one owner on a cluster."""
 
     def open(self, job: Job, facts: Mapping[str, Any], splits: pa.Table, who: Mapping[str, Any]) -> Snapshot:
         """Begin, or go on with what is in the folder."""
         self.study = Study(job, facts, splits, who={**who, "pid": os.getpid()})
+        self.work: dict[str, Work] = {}
         return self.study.snapshot()
 
-    def ask(self) -> tuple[TrialSpec | None, bool]:
-        """The next trial, if one can start now, and whether the study is done."""
-        return self.study.ask(), self.study.done
+    def ask(self, share: int) -> tuple[list[TrialSpec], Survey | None, bool]:
+        """The next pack, if one can start now, what has to be in the store before it, and whether the study is done."""
+        specs = self.study.ask(share)
+        return specs, self.study.survey(specs, share), self.study.done
 
-    def report(self, trial_id: str, record: EpochRecord) -> bool:
-        return self.study.report(trial_id, record)
+    def assign(self, trial_id: str, work: Work) -> None:
+        """Have the work of a Tune trial ready: Tune would keep several copies of it to the end."""
+        self.work[trial_id] = work
 
-    def finish(self, trial_id: str, outcome: Outcome) -> None:
-        self.study.finish(trial_id, outcome)
+    def take(self, trial_id: str) -> Work:
+        return self.work.pop(trial_id)
 
-    def lose(self, trial_id: str, reason: str) -> None:
-        self.study.lose(trial_id, reason)
+    def report(self, records: Mapping[str, EpochRecord]) -> dict[str, bool]:
+        return self.study.report(records)
+
+    def finish(self, outcomes: Mapping[str, Outcome]) -> None:
+        self.study.finish(outcomes)
+
+    def hold(self, supply: Supply) -> None:
+        self.study.hold(supply)
+
+    def extracted(self, row: Mapping[str, Any]) -> None:
+        self.study.extracted(row)
+
+    def lose(self, trial_ids: Sequence[str], reason: str) -> None:
+        self.study.lose(trial_ids, reason)
 
     def snapshot(self) -> Snapshot:
         return self.study.snapshot()
@@ -84,24 +110,49 @@ class StudyActor:
 
 
 class StudySearcher(Searcher):
-    """What Tune asks for trials: hands its questions on to the study."""
+    """What Tune asks for work, each piece of which is a Tune trial: packs, and what they need in the store before that."""
 
-    def __init__(self, study: Any) -> None:
+    def __init__(self, study: Any, share: int) -> None:
         super().__init__()
-        self.study = study
-        self.trial_ids: dict[str, str] = {}
+        self.study, self.share = study, share
+        self.next: list[TrialSpec] = []
+        self.before: list[Survey | Shard] = []  # work without which `next` cannot start
+        self.running: dict[str, Work] = {}
+        self.tries: Counter[int] = Counter()
+        self.problem: Exception | None = None
 
     def suggest(self, trial_id: str) -> Any:
-        spec, done = ray.get(self.study.ask.remote())
-        if spec is None:
-            return Searcher.FINISHED if done else None
-        self.trial_ids[trial_id] = spec.trial_id
-        return {"spec": spec.model_dump_json()}
+        if self.problem:
+            return Searcher.FINISHED
+        if not self.next:
+            self.next, survey, done = ray.get(self.study.ask.remote(self.share))
+            if not self.next:
+                return Searcher.FINISHED if done else None
+            self.before = [survey] if survey else []
+        if self.before:
+            self.running[trial_id] = self.before.pop()
+        elif any(not isinstance(work, list) for work in self.running.values()):
+            return None
+        else:
+            self.running[trial_id], self.next = self.next, []
+        ray.get(self.study.assign.remote(trial_id, self.running[trial_id]))
+        return {"work": trial_id}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        ours = self.trial_ids.pop(trial_id)
-        if error:
-            ray.get(self.study.lose.remote(ours, "the worker ended before its result was recorded"))
+        work, reason = self.running.pop(trial_id), "the worker ended before its result was recorded"
+        if isinstance(work, list):
+            if error:
+                ray.get(self.study.lose.remote([spec.trial_id for spec in work], reason))
+        elif error:
+            self.tries[id(work)] += 1
+            if self.tries[id(work)] < EXTRACTION_TRIES:
+                self.before.append(work)
+            else:
+                self.problem = ExtractionError(f"extracting activations failed {EXTRACTION_TRIES} times: {reason}")
+        else:
+            assert result is not None
+            self.problem = self.problem or result["problem"]
+            self.before += result["shards"]
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study's rows are the truth."""
@@ -111,26 +162,44 @@ class StudySearcher(Searcher):
 
 
 class TrialActor(tune.Trainable):
-    """One process that runs trial after trial, keeping features and pristine backbones between them."""
+    """One process that runs pack after pack, and keeps between them what the next one may need."""
 
     def setup(self, config: dict[str, Any], study: Any = None) -> None:
         self.study = study
-        self.store = FeatureStore()
-        self.spec = TrialSpec.model_validate_json(config["spec"])
+        self.feed = Feed()
+        self.work = config["work"]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.spec = TrialSpec.model_validate_json(new_config["spec"])
+        self.work = new_config["work"]
         return True
 
     def step(self) -> dict[str, Any]:
-        trial_id = self.spec.trial_id
-        outcome = self.run(lambda record: ray.get(self.study.report.remote(trial_id, record)))
-        ray.get(self.study.finish.remote(trial_id, outcome))
-        return {"done": True}
+        """Do a piece of work; answers what is to be extracted, if that was the question, and what went wrong with it."""
+        shards: list[Shard] = []
+        problem: Exception | None = None
+        work: Work = ray.get(self.study.take.remote(self.work))
+        if isinstance(work, list):
+            self.run(
+                work,
+                lambda records: ray.get(self.study.report.remote(records)),
+                lambda outcomes: ray.get(self.study.finish.remote(outcomes)),
+            )
+        else:
+            world = World.here(work.resources)
+            try:
+                if isinstance(work, Survey):
+                    supply = survey(work, world)
+                    ray.get(self.study.hold.remote(supply))
+                    shards += supply.shards
+                else:
+                    ray.get(self.study.extracted.remote(extract(work, self.feed, world)))
+            except ValueError as error:
+                problem = getattr(error, "cause", error)  # around what the study raised, Ray puts its traceback
+        return {"done": True, "shards": shards, "problem": problem}
 
-    def run(self, report: Report) -> Outcome:
-        """The trial itself."""
-        return attempt(self.spec, store=self.store, world=World.here(self.spec.resources), report=report)
+    def run(self, specs: Sequence[TrialSpec], report: Report, finish: Finish) -> None:
+        """The trials themselves."""
+        run_pack(specs, feed=self.feed, world=World.here(specs[0].resources), report=report, finish=finish)
 
 
 def run_tune(
@@ -159,6 +228,7 @@ def run_tune(
             show(ray.get(study.open.remote(job, facts, splits, dict(who))))
         except RayTaskError as error:
             raise error.cause from None
+        searcher = StudySearcher(study, slots)
         try:
             with _watching(study, show), tempfile.TemporaryDirectory(prefix="frostline-tune-") as scratch:
                 tune.Tuner(
@@ -166,7 +236,7 @@ def run_tune(
                         tune.with_parameters(trainable, study=study), {"cpu": job.resources.cpus, "gpu": gpus}
                     ),
                     tune_config=tune.TuneConfig(
-                        search_alg=StudySearcher(study),
+                        search_alg=searcher,
                         num_samples=-1,
                         max_concurrent_trials=slots,
                         reuse_actors=True,
@@ -183,6 +253,8 @@ def run_tune(
         finally:
             last: Any = ray.get(study.close.remote())
         show(last)
+        if searcher.problem:
+            raise searcher.problem
         return last
 
 

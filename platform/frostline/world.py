@@ -19,6 +19,7 @@ import torch
 from frostline.spec import Resources
 
 PACKAGES = ("frostline", "torch", "torchvision", "timm", "numpy", "ray", "optuna", "pyarrow", "pillow", "scikit-learn")
+VERSIONED = ("torch", "torchvision", "timm")  # what computes activations
 MIB = 1 << 20
 
 

@@ -1,0 +1,103 @@
+"""Trials without a study, and what their parts take in bare PyTorch: for bounds that hold in the run that they judge."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from frostline.cuts import resume
+from frostline.features import EVAL_BATCH, Feed, on_device
+from frostline.freeze import Network, apply_plan, compile_plan, train_mode
+from frostline.spec import Job, TrialSpec, configure, search_seeds
+from frostline.train import build_optimizer
+from frostline.trial import head_of, origin_of
+from frostline.world import World
+
+BLOCK_S, BLOCKS = 0.1, 5
+
+
+def trial_of(job: Job, arm: str, number: int, values: Mapping[str, Any], *, cached: bool) -> TrialSpec:
+    """A search trial of a prepared job with these values; `cached` ones read activations."""
+    seed, seeds = search_seeds(job, arm, number)
+    return TrialSpec(
+        trial_id=f"{arm}-{number:05d}",
+        arm=arm,
+        number=number,
+        round="search",
+        seed=seed,
+        seeds=seeds,
+        data=job.data,
+        backbone=job.backbone,
+        config=configure(job, job.arms[arm], values),
+        augment=job.augment,
+        features=job.features,
+        cached=cached,
+        objective=job.objective,
+        resources=job.resources,
+    )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds per image of what a trial does, each the best of several blocks."""
+
+    frozen_s: float
+    """A pass through the frozen stages."""
+    step_s: float
+    """A training step of the rest, in batches of the trial's size."""
+    rest_s: float
+    """A pass through the rest."""
+
+
+def parts_of(spec: TrialSpec) -> Parts:
+    """Timed now, in a plain loop on inputs that lie in memory."""
+    world = World.here(spec.resources)
+    origin, feed, config = origin_of(spec, world), Feed(), spec.config.train
+    plan = compile_plan(spec.config.freeze, origin.backbone.stages)
+    samples = origin.dataset.indices("train")[: max(EVAL_BATCH, config.batch_size)]
+    network = Network(on_device(origin.backbone, world.device), head_of(spec, origin))
+    applied = apply_plan(plan, network, origin.backbone)
+    resume(network.backbone, origin.cut(plan.cut))
+    optimizer = build_optimizer(network, applied, config)
+
+    def frozen() -> torch.Tensor:
+        feed.forget_passes()
+        return feed.pass_through(origin, {plan.cut}, samples[:EVAL_BATCH], None)[plan.cut]
+
+    activations = frozen()
+    inputs = torch.cat([activations] * -(-config.batch_size // len(activations)))[: config.batch_size]
+    labels = torch.from_numpy(origin.dataset.labels[samples[: len(inputs)]]).to(world.device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        functional.cross_entropy(network(inputs), labels).backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def rest() -> None:
+        network(activations)
+
+    with torch.inference_mode():
+        frozen_s = _best(frozen) / len(activations)
+    train_mode(network, applied)
+    step_s = _best(step) / len(inputs)
+    network.eval()
+    return Parts(frozen_s, step_s, _best(rest) / len(activations))
+
+
+def _best(call: Callable[[], object]) -> float:
+    """Seconds of a call: the best mean of several blocks of calls, after a first one."""
+    call()
+    blocks = []
+    for _ in range(BLOCKS):
+        calls, started = 0, time.perf_counter()
+        while time.perf_counter() - started < BLOCK_S:
+            call()
+            calls += 1
+        blocks.append((time.perf_counter() - started) / calls)
+    return min(blocks)

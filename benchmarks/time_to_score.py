@@ -1,0 +1,314 @@
+"""Seconds until the best validation accuracy reaches a target, against Ray Tune with OptunaSearch and ASHA.
+
+Both search the same space (freeze depth x learning rate x head learning rate x head width) for scikit-learn's digits at
+64 px under EfficientNet-Lite0 (ImageNet weights), 16 train images a class, with the same number of trials at once, up to 3
+epochs each, successive halving with the same rungs, TPE that draws its first 10 trials at random, and the same two
+configurations first. Theirs is Tune as documented, a function that reports after every epoch, and spares what an expert
+would spare: worker processes are reused, each loads data and backbone once, and what is frozen has no backward pass. It
+trains with Frostline's own live path (`run_trial` with nothing stored), so that an epoch is the same work on both sides.
+
+Seeds are paired: one seed gives both sides the same splits, and every trial that has the same number and configuration the
+same training. The target of a seed is the score that both sides reach, the lower of their best ones. A score counts on
+their side from the report of its epoch, on ours only from the end of its trial. The clock of both starts when Ray
+is up: starting its processes and importing PyTorch there counts on both sides, loading the data and starting Ray before
+that on neither; `with_start` is the ratio with those too. Warm are the decoded pixels and, on our side, the stage times,
+which are measured once per machine.
+
+`ratio` is the median over the seeds of their time over ours, `low` to `high` its interval from order statistics, which
+covers with probability `coverage`. `equal_scores` says whether the two configurations that both sides run first score the
+same after an epoch, within IMAGES_TOLERANCE validation images.
+
+    python benchmarks/time_to_score.py [--rounds 10] [--trials 24] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from _measure import interleaved, ratios, say, tree_cpu_s
+from frostline import results, search
+from frostline.estimate import facts_of
+from frostline.features import Feed
+from frostline.jobfile import parse_job
+from frostline.prepare import Prepared, prepare
+from frostline.propose import Proposer
+from frostline.spec import Job, TrialSpec, configure, search_seeds
+from frostline.testing import TOY_BACKBONE
+from frostline.train import EpochRecord
+from frostline.trial import run_trial
+from frostline.world import World
+
+ARM, HIDDEN = "freeze", (0, 128)
+LR, HEAD_LR = (1e-4, 1e-2), (1e-3, 3e-2)
+FIRST = 2  # configurations that both sides start with: our strong defaults
+IMAGES_TOLERANCE = 2
+COVERAGE = 0.95
+
+
+def job_of(seed: int, trials: int, root: Path, *, toy: bool) -> Job:
+    data = {"path": "digits", "image_size": 64, "per_class": 16, "val": 0.12, "test": 0.2}
+    raw = {
+        "name": "time_to_score",
+        "results": str(root / "study"),
+        "seed": seed,
+        "data": {**data, "image_size": 16} if toy else data,
+        "train": {"epochs": 3, "batch_size": 32},
+        "features": {"path": str(root / "features")},
+        "search": {"trials": trials, "pruner": {"kind": "halving", "grace_epochs": 1, "factor": 3}},
+        "confirm": {"seeds": 0},
+        "arms": {
+            ARM: {
+                "strategy": "freeze_depth",
+                "space": {
+                    "freeze.depth": "all",
+                    "head.hidden": HIDDEN,
+                    "train.lr": {"low": LR[0], "high": LR[1], "log": True},
+                    "train.head_lr": {"low": HEAD_LR[0], "high": HEAD_LR[1], "log": True},
+                },
+            }
+        },
+    }
+    return parse_job({**raw, "backbone": {"name": TOY_BACKBONE, "weights": "random"}} if toy else raw, [])
+
+
+def started() -> list[float]:
+    """Will hold the moment at which Ray is up."""
+    from frostline.tune import ray  # the same settings of Ray on both sides: it reads them when it is imported
+
+    init, moments = ray.init, []
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        context = init(*arguments, **options)
+        moments.append(time.time())
+        return context
+
+    ray.init = timed
+    return moments
+
+
+def found(began: float, up: float, events: Sequence[tuple[float, float]], **more: Any) -> dict[str, Any]:
+    """What a side prints: when which score was known, in seconds since Ray was up."""
+    return {"events": [(at - up, score) for at, score in events], "start_s": up - began, **more}
+
+
+# --- ours ---
+
+
+def ours(job: Job) -> dict[str, Any]:
+    began, up = time.time(), started()
+    folder = search(job)
+    trials, epochs = results.read_trials(folder).to_pylist(), results.read_epochs(folder).to_pylist()
+    events = [(row["finished_at"].timestamp(), row["best_epoch_score"]) for row in trials if row["epochs"]]
+    first = {row["trial_id"]: row["val_score"] for row in epochs if row["epoch"] == 1}
+    extracted = sum(results.read_extractions(folder)["images"].to_pylist())
+    return found(
+        began,
+        up[0],
+        events,
+        first=[first[f"{ARM}-{number:05d}"] for number in range(FIRST)],
+        images=extracted + sum(row["images_forward"] for row in trials),
+        sizes={"train_images": trials[0]["n_train"], "val_images": trials[0]["n_val"]},
+    )
+
+
+# --- theirs ---
+
+
+def spec_of(job: Job, number: int, values: dict[str, Any]) -> TrialSpec:
+    """A trial of Tune's, as ours of the same number would be."""
+    seed, seeds = search_seeds(job, ARM, number)
+    return TrialSpec(
+        trial_id=f"{ARM}-{number:05d}",
+        arm=ARM,
+        number=number,
+        round="search",
+        seed=seed,
+        seeds=seeds,
+        data=job.data,
+        backbone=job.backbone,
+        config=configure(job, job.arms[ARM], values),
+        augment=job.augment,
+        features=job.features,
+        cached=False,
+        objective=job.objective,
+        resources=job.resources,
+    )
+
+
+def theirs(job: Job, root: Path) -> dict[str, Any]:
+    began, up = time.time(), started()
+    import ray
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+    prepared = prepare(job)
+    job, stages = prepared.job, len(prepared.backbone.stages)
+    numbers = itertools.count()
+    reports: list[dict[str, Any]] = []
+
+    class Numbered(OptunaSearch):
+        """As it comes, but that its trials know their number."""
+
+        def suggest(self, trial_id: str) -> dict[str, Any] | None:
+            values = super().suggest(trial_id)
+            return values and {**values, "number": next(numbers)}
+
+    class Heard(tune.Callback):
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
+        ) -> None:
+            reports.append({name: result[name] for name in ("at", "score", "epoch", "number")})
+
+    def trainable(config: dict[str, Any]) -> None:
+        number = config["number"]
+        spec = spec_of(job, number, {key: value for key, value in config.items() if key != "number"})
+
+        def report(record: EpochRecord) -> bool:
+            tune.report({"score": record.val_score, "epoch": record.epoch, "number": number, "at": time.time()})
+            return True  # where ASHA stops a trial, `tune.report` does not come back
+
+        outcome = run_trial(spec, feed=Feed(), world=World.here(spec.resources), report=report)
+        assert outcome.row["status"] == "complete", outcome.row
+
+    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="warning")
+    ended = tune.Tuner(
+        trainable,
+        param_space={
+            "freeze.depth": tune.randint(0, stages + 1),
+            "head.hidden": tune.choice(HIDDEN),
+            "train.lr": tune.loguniform(*LR),
+            "train.head_lr": tune.loguniform(*HEAD_LR),
+        },
+        tune_config=tune.TuneConfig(
+            metric="score",
+            mode="max",
+            search_alg=Numbered(points_to_evaluate=defaults(job, stages), seed=job.seed),
+            scheduler=ASHAScheduler(max_t=job.train.epochs, grace_period=1, reduction_factor=3),
+            num_samples=job.search.trials,
+            max_concurrent_trials=os.cpu_count(),
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(storage_path=str(root), verbose=0, callbacks=[Heard()]),
+    ).fit()
+    assert not ended.errors, ended.errors
+    ray.shutdown()
+    first = {report["number"]: report["score"] for report in reports if report["epoch"] == 1}
+    images = prepared.n_train + len(prepared.dataset.indices("val"))
+    return found(
+        began,
+        up[0],
+        [(report["at"], report["score"]) for report in reports],
+        first=[first[number] for number in range(FIRST)],
+        images=len(reports) * images,
+    )
+
+
+def defaults(job: Job, stages: int) -> list[dict[str, Any]]:
+    """The configurations that our search starts with."""
+    return Proposer(job, ARM, stages, job.search.trials).ask(FIRST)
+
+
+# --- the measurement ---
+
+
+def reached_s(side: dict[str, Any], target: float) -> float:
+    """When the score was first at the target."""
+    return min(at for at, score in side["events"] if score >= target)
+
+
+def best(side: dict[str, Any]) -> float:
+    return max(score for _, score in side["events"])
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """An interval for the median, from the k-th lowest value to the k-th highest, and its coverage: the narrowest that
+    covers with COVERAGE; the whole range where even that (below 6 values) does not."""
+    n, ordered = len(values), sorted(values)
+
+    def coverage(k: int) -> float:
+        return 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
+
+    k = max((k for k in range(1, n // 2 + 1) if coverage(k) >= COVERAGE), default=1)
+    return ordered[k - 1], ordered[n - k], coverage(k)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10, help="seeds")
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--quick", action="store_true", help="a toy of it in less than a minute: 1 seed, 6 trials")
+    parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    rounds, trials = (1, 6) if arguments.quick else (arguments.rounds, arguments.trials)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        job = job_of(arguments.seed, trials, root, toy=arguments.quick)
+        if arguments.side:
+            print(json.dumps(ours(job) if arguments.side == "ours" else theirs(job, root)))
+            return
+        prepared: Prepared = prepare(job)
+        facts_of(prepared)
+    sides: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
+
+    def searched(name: str) -> float:
+        options = ["--side", name, "--seed", str(len(sides[name])), "--trials", str(trials)]
+        *_, printed = tree_cpu_s([sys.executable, __file__, *options, *(["--quick"] if arguments.quick else [])])
+        sides[name].append(printed)
+        return best(printed)
+
+    interleaved({name: functools.partial(searched, name) for name in sides}, rounds)
+    pairs = list(zip(sides["ours"], sides["theirs"], strict=True))
+    targets = [min(best(one), best(other)) for one, other in pairs]
+    seconds = {
+        name: [reached_s(side, target) for side, target in zip(each, targets, strict=True)]
+        for name, each in sides.items()
+    }
+    whole = {
+        name: [side["start_s"] + at for side, at in zip(each, seconds[name], strict=True)]
+        for name, each in sides.items()
+    }
+    sizes = sides["ours"][0]["sizes"]
+    low, high, coverage = median_interval([b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)])
+    say(
+        "time_to_score",
+        {
+            **ratios(seconds["ours"], seconds["theirs"]),
+            "low": low,
+            "high": high,
+            "coverage": coverage,
+            "rounds": rounds,
+            "counts": {
+                "trials": trials,
+                **sizes,
+                **{f"images_{name}": median(side["images"] for side in each) for name, each in sides.items()},
+            },
+            "equal_scores": all(
+                abs(a - b) <= (IMAGES_TOLERANCE + 0.5) / sizes["val_images"]
+                for one, other in pairs
+                for a, b in zip(one["first"], other["first"], strict=True)
+            ),
+            "with_start": ratios(whole["ours"], whole["theirs"])["ratio"],
+            "target": median(targets),
+            **{f"{name}_s": median(each) for name, each in seconds.items()},
+            **{f"{name}_start_s": median(side["start_s"] for side in each) for name, each in sides.items()},
+            **{f"{name}_best": median(map(best, each)) for name, each in sides.items()},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

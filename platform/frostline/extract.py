@@ -1,0 +1,184 @@
+"""Extraction: what a search will read from the feature store is put there before its trials, each image passing the
+frozen prefix once for all of its cuts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+
+from frostline.data import subset
+from frostline.features import EVAL_BATCH, Feed, Origin, chunks, to_rows
+from frostline.spec import Resources, TrialSpec, depth_of
+from frostline.store import Store, key_of
+from frostline.trial import origin_of
+from frostline.world import World
+
+SHARD_BYTES = 128 << 20
+"""What an extraction holds in memory, at most, before it is written."""
+SHARD_IMAGES = 2048
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The question what has to be extracted before these trials can run."""
+
+    specs: tuple[TrialSpec, ...]
+    cuts: tuple[int, ...] | None
+    """Cuts that trials like these may have, where that is not known of each."""
+    at_once: int
+    """Extractions that can run at the same time."""
+
+    @property
+    def resources(self) -> Resources:
+        return self.specs[0].resources
+
+
+@dataclass(frozen=True)
+class Need:
+    """Activations that trials will read."""
+
+    spec: TrialSpec
+    """One of these trials: it says what the activations are made from."""
+    cut: int
+    view: int | None
+    samples: np.ndarray
+    """Sorted sample numbers."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One extraction: a pass of some samples, under one view, that stores their activations at some cuts."""
+
+    spec: TrialSpec
+    cuts: tuple[int, ...]
+    view: int | None
+    samples: np.ndarray
+
+    @property
+    def resources(self) -> Resources:
+        return self.spec.resources
+
+
+@dataclass(frozen=True)
+class Supply:
+    """The answer: what trials will read, and what of it has to be made."""
+
+    root: str
+    """Of the store."""
+    keys: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+
+def survey(question: Survey, world: World) -> Supply:
+    """What the trials will read, and what the store lacks of it, or has in a damaged form; makes room for that.
+
+    Raises FeatureError where the store cannot be used.
+    """
+    wanted: list[Need] = []
+    for spec in question.specs:
+        origin = origin_of(spec, world)
+        own = depth_of(spec.config.freeze, len(origin.backbone.stages))
+        cuts = question.cuts if question.cuts is not None else (own,) * spec.cached
+        wanted += needs(spec, cuts, origin)
+    features = question.specs[0].features
+    assert features.path is not None
+    store = Store(features.path)
+    keys = {key_of(origin_of(need.spec, world).about(need.cut, need.view)) for need in wanted}
+    for key in sorted(keys):
+        store.repair(key)
+    found = shards(wanted, world, question.at_once)
+    new = sum(
+        len(shard.samples) * row_bytes(origin_of(shard.spec, world), cut) for shard in found for cut in shard.cuts
+    )
+    if new:
+        store.evict(max(0, int(features.budget_gb * 1e9) - new), keep=keys)
+    return Supply(features.path, tuple(sorted(keys)), tuple(found))
+
+
+def needs(spec: TrialSpec, cuts: Iterable[int], origin: Origin) -> list[Need]:
+    """What a trial like this one reads, were its cut any of `cuts`: its train samples under every view that is stored, its
+    val samples, and in a confirmation those of test, as they are."""
+    dataset, views = origin.dataset, spec.augment.views
+    plain = [dataset.indices("val")] + [dataset.indices("test")] * (spec.round == "confirm")
+    train = subset(dataset, spec.data.per_class, spec.seeds.subset)
+    if views == 0:
+        plain.append(train)
+    shown = range(views) if isinstance(views, int) else ()
+    samples = np.sort(np.concatenate(plain))
+    return [
+        need
+        for cut in cuts
+        for need in [Need(spec, cut, None, samples), *(Need(spec, cut, view, train) for view in shown)]
+    ]
+
+
+def shards(wanted: Sequence[Need], world: World, at_once: int) -> list[Shard]:
+    """The extractions that supply what the store lacks of what is wanted: for each sample and view one pass for all the
+    cuts that it lacks. They are small enough for memory, and for `at_once` of them to share the work."""
+    found: list[Shard] = []
+    passes: dict[str, list[Need]] = {}  # of one pass: what differs by the cut alone
+    for need in wanted:
+        about = origin_of(need.spec, world).about(need.cut, need.view)
+        passes.setdefault(key_of({**about, "cut": None, "boundary": None}), []).append(need)
+    for together in passes.values():
+        spec, view = together[0].spec, together[0].view
+        origin = origin_of(spec, world)
+        assert spec.features.path is not None
+        store = Store(spec.features.path)
+        lacking: dict[int, set[int]] = {}
+        for need in together:
+            for sample in store.missing(key_of(origin.about(need.cut, view)), need.samples).tolist():
+                lacking.setdefault(sample, set()).add(need.cut)
+        by_cuts: dict[tuple[int, ...], list[int]] = {}
+        for sample in sorted(lacking):
+            by_cuts.setdefault(tuple(sorted(lacking[sample])), []).append(sample)
+        for cuts, samples in by_cuts.items():
+            size = shard_size(len(samples), sum(row_bytes(origin, cut) for cut in cuts), at_once)
+            found += [Shard(spec, cuts, view, part) for part in chunks(np.array(samples, np.int64), size)]
+    return found
+
+
+def shard_size(images: int, image_bytes: int, at_once: int) -> int:
+    """Images in a shard: whole batches, within `SHARD_BYTES` and `SHARD_IMAGES`, and as many shards as can be made at once."""
+    fit = min(SHARD_IMAGES, SHARD_BYTES // image_bytes) // EVAL_BATCH
+    each = -(-images // (at_once * EVAL_BATCH))
+    return max(1, min(fit, each)) * EVAL_BATCH
+
+
+def row_bytes(origin: Origin, cut: int) -> int:
+    """Bytes of one image's activation at a cut, as it is stored."""
+    return int(np.prod(origin.cut(cut).shape)) * np.dtype(origin.dtype).itemsize
+
+
+def extract(shard: Shard, feed: Feed, world: World) -> dict[str, Any]:
+    """Make a shard and put it into the store; answers its row for the `extractions` table."""
+    started_at, started = datetime.now(UTC), time.perf_counter()
+    origin, spec = origin_of(shard.spec, world), shard.spec
+    assert spec.features.path is not None
+    parts: dict[int, list[np.ndarray]] = {cut: [] for cut in shard.cuts}
+    with torch.inference_mode():
+        for samples in chunks(shard.samples, EVAL_BATCH):
+            passed = feed.pass_through(origin, shard.cuts, samples, shard.view)
+            for cut, rows in parts.items():
+                rows.append(to_rows(passed[cut], origin.dtype))
+    feed.forget_passes()
+    store, written = Store(spec.features.path), 0
+    for cut, rows in parts.items():
+        about, table = origin.about(cut, shard.view), np.concatenate(rows)
+        store.put(key_of(about), about, shard.samples, table)
+        written += table.nbytes
+    return {
+        "cuts": ",".join(map(str, shard.cuts)),
+        "view": shard.view,
+        "images": len(shard.samples),
+        "bytes": written,
+        "seconds": time.perf_counter() - started,
+        "node": world.node,
+        "started_at": started_at,
+    }

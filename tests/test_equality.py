@@ -1,0 +1,173 @@
+"""Fast paths give what the plain path gives (P4): activations read from the store, a live pass shared, and lanes of a pack,
+against each trial alone on live images. Every strategy and head joins by adding its keys to `CONFIGS`.
+
+In float64 the losses and scores agree to 1e-6, and so do the logits on test. In float32 the order of sums differs between
+batches of another size, and AdamW amplifies the last bit: losses agree to 1e-4, and configurations rank the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from frostline import backbone
+from frostline.extract import Survey, extract, survey
+from frostline.features import Feed
+from frostline.pack import pack_key, run_pack
+from frostline.prepare import prepare
+from frostline.spec import Features, TrialSpec, configure, confirm_seeds, search_seeds
+from frostline.testing import toy_job
+from frostline.train import EpochRecord
+from frostline.trial import Outcome
+from frostline.world import World
+
+STAGES = 3
+CONFIGS = st.fixed_dictionaries(
+    {
+        "freeze.depth": st.integers(1, STAGES),
+        "freeze.norm": st.sampled_from(["frozen", "affine", "batch", "recalibrate"]),
+        "head.hidden": st.sampled_from([0, 4, 9]),
+        "head.dropout": st.sampled_from([0.0, 0.4]),
+        "head.init": st.sampled_from(["random", "zero"]),
+        "train.optimizer": st.sampled_from(["adamw", "sgd"]),
+        "train.lr": st.sampled_from([1e-4, 1e-3]),
+        "train.head_lr": st.sampled_from([1e-3, 1e-2]),
+        "train.weight_decay": st.sampled_from([0.0, 0.1]),
+        "train.label_smoothing": st.sampled_from([0.0, 0.1]),
+        "train.clip_norm": st.sampled_from([0.5, 100.0]),
+        "train.ema": st.sampled_from([0.5, 0.9]),
+        "train.epochs": st.integers(1, 3),
+    }
+)
+VIEWS = st.sampled_from([0, 2, "live"])
+
+
+@pytest.fixture(params=["float32", "float64"], scope="module")
+def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What everything computes in; backbones are loaded anew in it."""
+    torch.set_default_dtype(getattr(torch, request.param))
+    backbone._load.cache_clear()
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+    backbone._load.cache_clear()
+
+
+def specs_of(
+    root: Path, dtype: str, views: int | str, configs: Sequence[Mapping[str, Any]], round_: str
+) -> list[TrialSpec]:
+    job = prepare(toy_job(root / "study", ["data.per_class=6", "train.batch_size=16"])).job
+    specs = []
+    for number, values in enumerate(configs):
+        seed, seeds = search_seeds(job, "freeze", number) if round_ == "search" else confirm_seeds(job, 0)
+        specs.append(
+            TrialSpec(
+                trial_id=f"freeze-{number:05d}",
+                arm="freeze",
+                number=number,
+                round="search" if round_ == "search" else "confirm",
+                seed=seed,
+                seeds=seeds,
+                data=job.data,
+                backbone=job.backbone,
+                config=configure(job, job.arms["freeze"], values),
+                augment=job.augment.model_copy(update={"views": views, "colour": 0.2}),
+                features=Features.model_construct(**{**dict(job.features), "dtype": dtype}),
+                objective=job.objective,
+                resources=job.resources,
+            )
+        )
+    return specs
+
+
+class Ran:
+    """Trials, as they ran together: what they reported and what they left."""
+
+    def __init__(self, specs: Sequence[TrialSpec]) -> None:
+        self.records: dict[str, list[EpochRecord]] = {spec.trial_id: [] for spec in specs}
+        self.outcomes: dict[str, Outcome] = {}
+        self.feed, world = Feed(), World.here(specs[0].resources)
+        for shard in survey(Survey(tuple(specs), None, 1), world).shards:
+            extract(shard, self.feed, world)
+        run_pack(specs, feed=self.feed, world=world, report=self.hear, finish=self.outcomes.update)
+
+    def hear(self, records: Mapping[str, EpochRecord]) -> dict[str, bool]:
+        for trial_id, record in records.items():
+            self.records[trial_id].append(record)
+        return dict.fromkeys(records, True)
+
+    def figures(self, trial_id: str) -> np.ndarray:
+        assert self.outcomes[trial_id].row["status"] == "complete", self.outcomes[trial_id].row["error"]
+        return np.array([[each.train_loss, each.val["nll"]] for each in self.records[trial_id]])
+
+    def probabilities(self, trial_id: str) -> np.ndarray:
+        return np.array([row["probabilities"] for row in self.outcomes[trial_id].predictions])
+
+
+def check(plain: Ran, fast: Ran, trial_id: str, dtype: str) -> None:
+    tolerance = {"float64": 1e-6, "float32": 1e-4}[dtype]
+    np.testing.assert_allclose(fast.figures(trial_id), plain.figures(trial_id), rtol=tolerance)
+    for name in ("trainable_params", "total_params", "freeze_depth", "applied_lrs", "audit", "n_train", "n_val"):
+        assert fast.outcomes[trial_id].row[name] == plain.outcomes[trial_id].row[name]
+    assert fast.outcomes[trial_id].row.keys() == plain.outcomes[trial_id].row.keys()
+
+
+def test_half_precision_of_the_store_rounds_live_trials_alike(tmp_path: Path) -> None:
+    for cut in range(1, STAGES + 1):
+        config = {"freeze.depth": cut, "head.hidden": 4}
+        (spec,) = specs_of(tmp_path, "float16", 0, [config], "confirm")
+        plain, fast = Ran([spec]), Ran([spec.model_copy(update={"cached": True})])
+        check(plain, fast, spec.trial_id, "float32")
+        (exact,) = specs_of(tmp_path, "float32", 0, [config], "confirm")
+        assert (Ran([exact]).figures(spec.trial_id) != plain.figures(spec.trial_id)).any()
+
+
+@settings(max_examples=6)
+@given(config=CONFIGS, views=VIEWS)
+def test_a_trial_on_stored_activations_is_the_trial_on_images(
+    dtype: str, tmp_path_factory: pytest.TempPathFactory, config: Mapping[str, Any], views: int | str
+) -> None:
+    (spec,) = specs_of(tmp_path_factory.mktemp("cached"), dtype, views, [config], "confirm")
+    plain, fast = Ran([spec]), Ran([spec.model_copy(update={"cached": True})])
+    check(plain, fast, spec.trial_id, dtype)
+    np.testing.assert_allclose(
+        fast.probabilities(spec.trial_id), plain.probabilities(spec.trial_id), atol=1e-6 if dtype == "float64" else 1e-4
+    )
+    assert set(fast.outcomes[spec.trial_id].bundle) == set(plain.outcomes[spec.trial_id].bundle)
+    assert plain.outcomes[spec.trial_id].row["inputs"] == "images"
+    assert fast.outcomes[spec.trial_id].row["inputs"] == "features"
+
+
+@settings(max_examples=5)
+@given(configs=st.lists(CONFIGS, min_size=2, max_size=5), views=VIEWS)
+def test_a_lane_of_a_pack_is_the_trial_alone(
+    dtype: str, tmp_path_factory: pytest.TempPathFactory, configs: list[dict[str, Any]], views: int | str
+) -> None:
+    if views != "live":  # lanes that share no live pass are heads
+        configs = [{**config, "freeze.depth": STAGES} for config in configs]
+    plain = specs_of(tmp_path_factory.mktemp("pack"), dtype, views, configs, "search")
+    cached = [spec.model_copy(update={"cached": True}) for spec in plain]
+    assert len({pack_key(spec, STAGES) for spec in cached}) == 1
+    together = Ran(cached)
+    alone = {spec.trial_id: Ran([spec]) for spec in plain}
+    for trial_id, ran in alone.items():
+        check(ran, together, trial_id, dtype)
+    scores = {trial_id: ran.figures(trial_id)[-1, 1] for trial_id, ran in alone.items()}
+    ranked = sorted(scores, key=lambda trial_id: together.figures(trial_id)[-1, 1])
+    gaps = np.diff([scores[trial_id] for trial_id in ranked])
+    assert (gaps > -1e-4).all(), "lanes rank as the trials alone do"
+
+
+def test_a_closed_form_head_is_the_same_in_a_pack(dtype: str, tmp_path: Path) -> None:
+    values = {"freeze.depth": STAGES, "head.hidden": 0, "head.init": "probe"}
+    configs = [{**values, "train.head_lr": lr} for lr in (1e-3, 1e-2)]
+    plain = specs_of(tmp_path, dtype, 0, configs, "search")
+    together = Ran([spec.model_copy(update={"cached": True}) for spec in plain])
+    for spec in plain:
+        check(Ran([spec]), together, spec.trial_id, dtype)
