@@ -251,8 +251,9 @@ def test_ranks_are_optunas(data: st.DataObject) -> None:
     options = ["search.startup_trials=90", *([] if maximize else ["objective.metric=nll"])]
     arm = proposer(*options, budget=100)
     ended = []
-    for number in range(data.draw(st.integers(12, 40))):
-        arm.ask()
+    count = data.draw(st.integers(12, 40))
+    arm.ask(count)
+    for number in range(count):
         epochs = data.draw(st.integers(0, 3))
         for epoch in range(1, epochs + 1):
             heard = math.nan if epoch == 3 and data.draw(st.booleans()) else data.draw(score)
@@ -348,15 +349,15 @@ def test_batches_end_with_the_share_and_leave_the_model_its_fits(
 
 
 def test_a_long_study_costs_no_more_per_trial_than_a_short_one() -> None:
-    """Ask, report and tell; 0.5 ms a trial on a quiet core."""
+    """Ask, report and tell; MSMS ms a trial on a quiet core."""
     arm, times = proposer("search.trials=10000", budget=10_000), []
-    drive(arm, 1000, most=64)
-    for last in (2000, 3000, 4000):
+    drive(arm, 512, most=64)
+    for last in (1024, 1536, 2048):
         started = time.process_time()
         drive(arm, last, most=64)
         times.append(time.process_time() - started)
     assert times[2] < 2 * times[0]
-    assert sum(times) / 3000 < 5e-3
+    assert sum(times) / 1536 < 5e-3
 
 
 def test_a_trial_leaves_little_in_memory() -> None:
@@ -372,7 +373,7 @@ def test_a_trial_leaves_little_in_memory() -> None:
 def test_batches_find_what_single_proposals_find() -> None:
     """A small one of benchmarks/proposals.py: its Branin, 96 trials in threes."""
     benchmark = load_benchmark()
-    logs = benchmark.compare("branin", trials=96, rounds=6, lanes=64)["logs"]["batches"]
+    logs = benchmark.compare("branin", trials=96, rounds=4, lanes=64)["logs"]["batches"]
     assert np.mean(logs) > -0.3
 
 

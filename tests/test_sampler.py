@@ -34,14 +34,13 @@ parts of optuna.samplers._tpe, which must have changed: compare TPESampler._samp
 
 def history(seed: int, *, maximize: bool, ended: int) -> tuple[Proposer, optuna.Study]:
     """An arm and a study of Optuna's with the same trials: complete, pruned, failed and, last, running ones."""
-    options = ["search.startup_trials=8", "search.trials=999", "search.defaults=false", "search.pruner.kind=none"]
+    options = ["search.startup_trials=1", "search.trials=999", "search.defaults=false", "search.pruner.kind=none"]
     options += [f"seed={seed}", *([] if maximize else ["objective.metric=nll"])]
     job = toy_job(Path("unused"), options, arms={"arm": {"strategy": "freeze_depth", "space": SPACE}})
     arm = Proposer(job, "arm", 4, 999)
     study = optuna.create_study(direction="maximize" if maximize else "minimize")
     rng = np.random.default_rng(seed)
-    for number in range(ended + 5):
-        (params,) = arm.ask()
+    for number, params in enumerate(arm.ask(ended + 5)):  # at random, nothing having ended
         status = str(rng.choice(["complete", "complete", "pruned", "failed"])) if number < ended else "running"
         heard = {epoch: float(rng.normal()) for epoch in range(1, int(rng.integers(1, 4)))}
         for epoch, score in heard.items():

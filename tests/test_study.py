@@ -18,14 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from frostline import results
+from frostline.claim import StudyMismatchError, differences
 from frostline.commit import StudyBusy
 from frostline.costs import StageTimes, alone_seconds
 from frostline.extract import Supply
+from frostline.finalists import Finished, best_of, choose_finalists
 from frostline.propose import Proposer
 from frostline.rows import describe, summarise
 from frostline.spec import Job, TrialSpec, depth_of
 from frostline.store import Store, key_of
-from frostline.study import Finished, Study, StudyMismatchError, best_of, choose_finalists, differences
+from frostline.study import Study
 from frostline.testing import toy_job
 from frostline.train import EpochRecord
 from frostline.trial import Outcome

@@ -11,7 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from frostline.study import Finished, Snapshot
+from frostline.finalists import Finished
+from frostline.study import Snapshot
 
 LINE_SECONDS = 10.0
 

@@ -35,7 +35,9 @@ from frostline.spec import (
     is_searched,
 )
 
-FITS = 32  # at least, of an arm's model: with 16, batches were worse than one proposal at a time
+FITS = (
+    32  # at least, of an arm's model: batches are then no worse than one proposal at a time (benchmarks/proposals.py)
+)
 REDRAWS = 4  # of a configuration that the arm has had, before a finite space is searched for one that it has not
 ENDED = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
 
@@ -55,8 +57,9 @@ class Proposer:
         self.search, self.maximize = job.search, job.objective.mode == "max"
         self.seed = derive_seed(job.seed, "sampler", name)
         self.space = dict(sorted(distributions(arm, stages).items()))
-        self.axes = [_axis(dist) for dist in self.space.values()]
-        sizes = [size for axis in self.axes if (size := _size(axis))]
+        self.axes = {path: _axis(dist) for path, dist in self.space.items()}
+        self.cube = _SearchSpaceTransform({**self.axes}, transform_0_1=True) if self.axes else None
+        sizes = [size for axis in self.axes.values() if (size := _size(axis))]
         self.points = math.prod(sizes) if len(sizes) == len(self.axes) else None
         """How many configurations the space has, None where it has no end; an arm ends with them."""
         if self.kind == "grid" and self.axes and (points := self.points or 0) < budget:
@@ -176,10 +179,9 @@ class Proposer:
 
     def _at(self, places: np.ndarray) -> list[Point]:
         """The points at (n, axes) places of the unit cube."""
-        if not self.axes:
+        if self.cube is None:
             return [()] * len(places)
-        cube = _SearchSpaceTransform(dict(zip(self.space, self.axes, strict=True)), transform_0_1=True)
-        return [tuple(map(float, cube.untransform(place).values())) for place in places]
+        return [tuple(map(float, self.cube.untransform(place).values())) for place in places]
 
     def _unused(self) -> Point:
         """The first point that the arm has not had, of a finite space in its seeded order."""
@@ -190,7 +192,7 @@ class Proposer:
     def _nth(self, index: int) -> Point:
         assert self.points
         entries, place = [], shuffled(index, self.points, self.seed)
-        for axis in self.axes:
+        for axis in self.axes.values():
             assert axis.step
             place, step = divmod(place, _size(axis) or 0)
             entries.append(float(min(axis.low + step * axis.step, axis.high)))

@@ -64,10 +64,9 @@ class Estimator(_ParzenEstimator):
         self.width = width
         super().__init__(*args)
 
-    def _calculate_numerical_distributions(self, *args: Any) -> Any:
-        found = super()._calculate_numerical_distributions(*args)
-        *observed, prior = found.sigma
-        return found._replace(sigma=np.array([*(np.array(observed) * self.width), prior]))
+    def _calculate_numerical_distributions(self, observations: Any, search_space: Any, parameters: Any) -> Any:
+        found: Any = super()._calculate_numerical_distributions(observations, search_space, parameters)
+        return found._replace(sigma=np.append(found.sigma[:-1] * self.width, found.sigma[-1]))
 
 
 class BatchSampler(TPESampler):
@@ -86,6 +85,8 @@ class BatchSampler(TPESampler):
     ) -> None:
         super().__init__(seed=seed)
         self.space, self.k = space, k
+        self.low = [getattr(dist, "low", -math.inf) for dist in space.values()]  # choices have no ends
+        self.high = [getattr(dist, "high", math.inf) for dist in space.values()]
         goal = cast(Study, Goal(StudyDirection.MAXIMIZE if maximize else StudyDirection.MINIMIZE))
         ended = sum(trial.state.is_finished() for trial in trials)
         good, bad = _split_trials(goal, list(trials), default_gamma(ended))
@@ -113,6 +114,7 @@ class BatchSampler(TPESampler):
                 worth = self._compute_acquisition_func(drawn, estimator, self._estimator(self.bad))
                 only = np.zeros_like(worth)  # the index of a choice of one, which Optuna does not model
                 points = np.stack([drawn.get(path, only) for path in self.space], axis=1)
+                points = np.clip(points, self.low, self.high)  # Optuna's arithmetic may miss an end by a last digit
                 for group in range(0, len(worth), each):
                     order = group + np.argsort(-worth[group : group + each], kind="stable")
                     yield [tuple(point) for point in points[order].tolist()]

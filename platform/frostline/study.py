@@ -9,32 +9,29 @@ next trial that ends.
 from __future__ import annotations
 
 import json
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
 
 from frostline import results
+from frostline.claim import record_job, take_lease
 from frostline.commit import (
-    Lease,
-    StudyBusy,
     clean,
     commit_part,
     committed_parts,
     next_part,
     publish_folder,
-    write_file,
 )
 from frostline.costs import alone_seconds, times_of
 from frostline.extract import Supply, Survey
+from frostline.finalists import Finished, best_of, choose_finalists, remember
 from frostline.pack import take_pack
 from frostline.propose import Proposer, batch
 from frostline.spec import Config, Job, TrialSpec, configure, confirm_seeds, depth_of, search_seeds
@@ -44,13 +41,6 @@ from frostline.trial import Outcome, lost
 
 COMMIT_ROWS = 256
 COMMIT_SECONDS = 2.0
-DYING_SECONDS = 30.0
-MAY_DIFFER: dict[str, Any] = {"results": True, "features": {"path", "budget_gb"}}  # where things are, changes no number
-MAY_GROW = ("search.trials",)  # what may change, upwards, when a study is opened again
-
-
-class StudyMismatchError(ValueError):
-    """A study folder that was begun with another job, or on other data or weights."""
 
 
 @dataclass
@@ -65,20 +55,6 @@ class Running:
     records: list[EpochRecord] = field(default_factory=list)
     epoch_rows: list[dict[str, Any]] = field(default_factory=list)
     lost: bool = False  # its worker has died once, before the first epoch
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What the study remembers of a finished trial."""
-
-    trial_id: str
-    arm: str
-    number: int
-    round: str
-    status: str
-    score: float | None
-    seconds: float
-    finalist_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +81,7 @@ class Study:
     def __init__(self, job: Job, facts: Mapping[str, Any], splits: pa.Table, *, who: Mapping[str, Any]) -> None:
         self.job, self.folder, self.mode = job, job.folder, job.objective.mode or "max"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lease = _take_lease(self.folder, who)
+        self.lease = take_lease(self.folder, who)
         try:
             clean(self.folder)
             self.share = job.search.trials // len(job.arms)
@@ -114,7 +90,7 @@ class Study:
             self.shares = {
                 name: min(self.share, proposer.points or self.share) for name, proposer in self.proposers.items()
             }
-            facts = _record_job(self.folder, job, facts, splits)
+            facts = record_job(self.folder, job, facts, splits)
             self.cached_cuts = frozenset(facts.get("cached_cuts", ()))
             self.times = times_of(facts["stage_times"]) if facts.get("stage_times") else None
             self.finished: list[Finished] = []
@@ -461,93 +437,6 @@ class Study:
             last_seq = max(last_seq, ask["seq"])
         self.finished = [remember(row) for row in sorted(rows, key=lambda row: row["tell_seq"])]
         self.seq = max([last_seq, *(row["tell_seq"] for row in rows)]) + 1
-
-
-def best_of(trials: Sequence[Finished], mode: str) -> Finished | None:
-    """The complete trial with the best score; the earlier one where two are equal."""
-    complete = [trial for trial in trials if trial.score is not None]
-    sign = 1 if mode == "max" else -1
-    return max(complete, key=lambda trial: sign * (trial.score or 0.0), default=None)
-
-
-def choose_finalists(trials: Sequence[Finished], finalists: str, mode: str) -> list[Finished]:
-    """Which configurations are re-run on fresh seeds: the best by validation, of the study or (`arms`) of each arm.
-
-    Ties go to the lower number, so that the choice does not depend on which trial happened to finish first.
-    """
-    ordered = sorted(trials, key=lambda trial: (trial.number, trial.arm))
-    arms = sorted({trial.arm for trial in trials})
-    groups = [ordered] if finalists == "best" else [[t for t in ordered if t.arm == arm] for arm in arms]
-    return [best for group in groups if (best := best_of(group, mode))]
-
-
-def remember(row: Mapping[str, Any]) -> Finished:
-    """What of a trial's row the study needs later."""
-    return Finished(
-        trial_id=row["trial_id"],
-        arm=row["arm"],
-        number=row["number"],
-        round=row["round"],
-        status=row["status"],
-        score=row.get("val_score"),
-        seconds=row["seconds"],
-        finalist_of=row.get("finalist_of"),
-    )
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old, new) wherever two nested mappings differ."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in [*old, *(key for key in new if key not in old)]:
-        here, before, after = f"{path}{key}", old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found |= differences(before, after, f"{here}.")
-        elif json.dumps(before) != json.dumps(after):  # 1 and 1.0 are different freeze depths
-            found[here] = (before, after)
-    return found
-
-
-def _take_lease(folder: Path, who: Mapping[str, Any]) -> Lease:
-    """Hold the folder. Where the holder's driver is dead, its study actor is about to follow: wait for that."""
-    try:
-        return Lease.take(folder, who)
-    except StudyBusy:
-        holder = json.loads((folder / "lease.json").read_text(encoding="utf-8") or "{}")
-        driver = holder.get("driver")
-        if driver is None or holder.get("host") != socket.gethostname() or Path(f"/proc/{driver}").exists():
-            raise
-        return Lease.take(folder, who, wait_s=DYING_SECONDS)
-
-
-def _record_job(folder: Path, job: Job, facts: Mapping[str, Any], splits: pa.Table) -> Mapping[str, Any]:
-    """Write the resolved job and the splits into a new study; hold them against those that an old one was begun with.
-
-    Answers the facts that the study was begun with: what is stored was decided by these.
-    """
-    path = folder / "job.json"
-    record = {"job": job.model_dump(mode="json", exclude=MAY_DIFFER), "facts": dict(facts)}
-    if path.exists() and committed_parts(folder, results.RECORD):
-        old = json.loads(path.read_text(encoding="utf-8"))
-        changed = differences(old["job"], record["job"])
-        refused = {key: pair for key, pair in changed.items() if key not in MAY_GROW or pair[1] < pair[0]}
-        refused |= differences(
-            {key: old["facts"].get(key) for key in results.FIXED_FACTS},
-            {key: facts.get(key) for key in results.FIXED_FACTS},
-        )
-        if refused:
-            lines = [f"  {key}: was {was!r}, now {now!r}" for key, (was, now) in refused.items()]
-            raise StudyMismatchError(
-                f"{folder} holds a study of another job. What differs:\n"
-                + "\n".join(lines)
-                + "\nGive this job another "
-                "name (name=NEW), or set these keys back to continue the study; only search.trials may grow."
-            )
-        record["facts"] = old["facts"]
-        if not changed:
-            return old["facts"]
-    results.write_splits(folder, splits)
-    write_file(path, (json.dumps(record, indent=2) + "\n").encode())
-    return record["facts"]
 
 
 def _epoch_row(trial_id: str, record: EpochRecord, seq: int, heard_seq: int, stop: bool) -> dict[str, Any]:

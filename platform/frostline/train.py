@@ -20,7 +20,7 @@ from frostline.features import EVAL_BATCH, Fetch, chunks
 from frostline.freeze import Applied, Network, check_gradients, check_masks, train_mode
 from frostline.head import seed_dropout
 from frostline.metrics import scores
-from frostline.spec import Metric, Train
+from frostline.spec import Metric, Train, derive_seed
 from frostline.world import mixed
 
 REMEDY = "try a lower learning rate"
@@ -88,7 +88,7 @@ def train_steps(
     average = Average(network, applied, config.ema) if config.ema is not None else None
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order = np.random.default_rng(seeding.order)
-    torch.manual_seed(seeding.dropout)
+    torch.manual_seed(derive_seed(seeding.dropout, "backbone"))
     seed_dropout(network.head, seeding.dropout)
     per_epoch = -(-len(train.samples) // config.batch_size)
     step, factor = 0, 0.0

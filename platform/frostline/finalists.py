@@ -1,0 +1,53 @@
+"""What a study remembers of trials that have ended, and which of them are the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What the study remembers of a finished trial."""
+
+    trial_id: str
+    arm: str
+    number: int
+    round: str
+    status: str
+    score: float | None
+    seconds: float
+    finalist_of: str | None = None
+
+
+def best_of(trials: Sequence[Finished], mode: str) -> Finished | None:
+    """The complete trial with the best score; the earlier one where two are equal."""
+    complete = [trial for trial in trials if trial.score is not None]
+    sign = 1 if mode == "max" else -1
+    return max(complete, key=lambda trial: sign * (trial.score or 0.0), default=None)
+
+
+def choose_finalists(trials: Sequence[Finished], finalists: str, mode: str) -> list[Finished]:
+    """Which configurations are re-run on fresh seeds: the best by validation, of the study or (`arms`) of each arm.
+
+    Ties go to the lower number, so that the choice does not depend on which trial happened to finish first.
+    """
+    ordered = sorted(trials, key=lambda trial: (trial.number, trial.arm))
+    arms = sorted({trial.arm for trial in trials})
+    groups = [ordered] if finalists == "best" else [[t for t in ordered if t.arm == arm] for arm in arms]
+    return [best for group in groups if (best := best_of(group, mode))]
+
+
+def remember(row: Mapping[str, Any]) -> Finished:
+    """What of a trial's row the study needs later."""
+    return Finished(
+        trial_id=row["trial_id"],
+        arm=row["arm"],
+        number=row["number"],
+        round=row["round"],
+        status=row["status"],
+        score=row.get("val_score"),
+        seconds=row["seconds"],
+        finalist_of=row.get("finalist_of"),
+    )
