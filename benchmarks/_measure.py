@@ -8,28 +8,73 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
+LOOK_S = 0.5
+
+
 def tree_cpu_s(command: Sequence[str]) -> tuple[float, float, Any]:
-    """Run a command: CPU seconds of it and of all that it started, wall seconds, and the JSON that its last line holds."""
-    started, before = time.perf_counter(), os.times()
-    # Ray's processes are reaped by their parents, so their CPU time reaches us through the children's counters only if
-    # every one of them has been waited for; a subreaper makes this process the parent of those that outlive theirs.
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    while True:
+    """Run a command: CPU seconds of it and of all that it started, wall seconds, and the JSON that its last line holds.
+
+    The kernel reaps Ray's workers, whose times then reach no parent's counters: so all processes are looked at every
+    `LOOK_S` while they live. What one does after the last look at it is lost.
+    """
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what outlives its parents becomes our child
+    others = {pid for pid, (parent, *_) in _processes().items() if parent == os.getpid()}
+    started, wall_s = time.perf_counter(), None
+    ticks: dict[tuple[int, int], int] = {}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err)
+        while True:
+            seen = _processes()
+            there = _below(os.getpid(), seen, others)
+            ticks |= {(pid, seen[pid][1]): seen[pid][2] for pid in there}
+            for pid in there - {process.pid}:
+                if seen[pid][0] == os.getpid():
+                    os.waitpid(pid, os.WNOHANG)
+            if wall_s is not None and not there:
+                break
+            try:
+                process.wait(LOOK_S)
+            except subprocess.TimeoutExpired:
+                continue
+            wall_s = wall_s or time.perf_counter() - started
+            time.sleep(LOOK_S / 10)
+        out.seek(0), err.seek(0)
+        said, complained = out.read(), err.read()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} exited with {process.returncode}:\n{said[-2000:]}{complained[-4000:]}")
+    return sum(ticks.values()) / os.sysconf("SC_CLK_TCK"), wall_s, json.loads(said.splitlines()[-1])
+
+
+def _processes() -> dict[int, tuple[int, int, int]]:
+    """Process id -> parent, start, and clock ticks on a CPU, of all processes."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            os.wait()
-        except ChildProcessError:
-            break
-    after = os.times()
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return cpu, time.perf_counter() - started, json.loads(done.stdout.splitlines()[-1])
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has just ended
+        found[int(stat.parent.name)] = int(fields[1]), int(fields[19]), int(fields[11]) + int(fields[12])
+    return found
+
+
+def _below(root: int, processes: Mapping[int, tuple[int, int, int]], without: Collection[int]) -> set[int]:
+    """The descendants of a process, without some of its children."""
+    children: dict[int, list[int]] = {}
+    for pid, (parent, *_) in processes.items():
+        children.setdefault(parent, []).append(pid)
+    found: set[int] = set()
+    ahead = [pid for pid in children.get(root, []) if pid not in without]
+    while ahead:
+        found.add(pid := ahead.pop())
+        ahead += children.get(pid, [])
+    return found
 
 
 def interleaved(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

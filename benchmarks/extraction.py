@@ -101,7 +101,10 @@ def main() -> None:
         {
             **ratios(found["pooled features"], found["bare loop"]),
             "rounds": arguments.rounds,
-            "counts": {"images": len(samples), "passes": feed.images_forwarded // (2 * arguments.rounds) / len(samples)},
+            "counts": {
+                "images": len(samples),
+                "passes": feed.images_forwarded // (2 * arguments.rounds) / len(samples),
+            },
             "equal_scores": equal,
             "images_per_s": len(samples) / statistics.median(found["pooled features"]),
             "all_cuts": ratios(found["all cuts"], found["bare loop"])["ratio"],

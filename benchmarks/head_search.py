@@ -31,6 +31,7 @@ import argparse
 import functools
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -67,7 +68,7 @@ from frostline.train import rate_factor
 CORES = os.cpu_count() or 1
 DECAYS = (0.0, 1e-3, 1e-2, 1e-1)
 RATES = (1e-4, 1e-2)  # the ends of the grid's
-NLL_TOLERANCE, IMAGES_TOLERANCE = 1e-3, 2  # float32, other orders of sums: nats; images that change sides
+NLL_TOLERANCE, IMAGES_TOLERANCE = 1e-4, 1  # nats, and val images: float32, in other orders of sums
 
 Score = tuple[float, float]
 """Mean negative log-likelihood and accuracy on val, after the last epoch."""
@@ -96,7 +97,7 @@ class Plan:
     packs: tuple[Load, Load, Load]
     """What follows the extraction: linear, MLP-64, MLP-256."""
     slow: Load
-    """What B0, B1 and B2 are scaled up from."""
+    """What B0, B1 and B2 are scaled up from: all of the heads."""
     slow_trials: int
     """Trials of B0 and B1."""
 
@@ -148,7 +149,7 @@ def job_of(load: Load, root: Path) -> Job:
     return parse_job(raw, [])
 
 
-def halves(job: Job) -> list[Job]:
+def by_core(job: Job) -> list[Job]:
     """A job for each arm: the same trials under the same seeds, in studies of their own."""
     share = job.search.model_copy(update={"trials": job.search.trials // len(job.arms)})
     return [
@@ -345,7 +346,7 @@ def on_tune(load: Load, count: int, *, own_features: bool) -> list[dict[str, Any
             run_config=tune.RunConfig(storage_path=folder, verbose=0),
         ).fit()
         assert not found.errors, found.errors
-        return [{name: result.metrics[name] for name in ("scores", "pace")} for result in found]
+        return [{name: (result.metrics or {})[name] for name in ("scores", "pace")} for result in found]
 
 
 # --- B3: an expert's script ---
@@ -394,9 +395,9 @@ def expert(load: Load, folder: Path) -> dict[str, Score]:
     """The whole of it."""
     folder.mkdir()
     with cores() as workers:
-        list(workers.map(extract_part, *zip(*((load, core, folder) for core in range(CORES)), strict=True)))
-        found = workers.map(loop, *zip(*((load, core, folder) for core in range(CORES)), strict=True))
-        return {trial_id: score for scores, _ in found for trial_id, score in scores.items()}
+        arguments = [load] * CORES, range(CORES), [folder] * CORES
+        list(workers.map(extract_part, *arguments))
+        return {trial_id: score for scores, _ in workers.map(loop, *arguments) for trial_id, score in scores.items()}
 
 
 # --- ours ---
@@ -435,13 +436,19 @@ def counts_of(folder: Path) -> dict[str, float]:
 # --- the measurements ---
 
 
-def largest(ours: Mapping[str, Score], theirs: Mapping[str, Score]) -> Score:
-    """The largest differences in NLL and in accuracy between two sides, over all of their trials."""
-    nll, accuracy = np.abs([np.subtract(ours[trial_id], score) for trial_id, score in theirs.items()]).max(axis=0)
-    return float(nll), float(accuracy)
+Differences = dict[str, Score]
+"""Side -> the largest differences from ours in NLL and in accuracy, over all trials and rounds."""
 
 
-def end_to_end(plan: Plan, root: Path, searches: int, differences: dict[str, Score]) -> dict[str, Any]:
+def compare(differences: Differences, name: str, ours: Mapping[str, Score], theirs: Mapping[str, Score]) -> None:
+    """Enter a side's scores, trial by trial."""
+    before = differences.get(name, (0.0, 0.0))
+    pairs = [np.abs(np.subtract(ours[trial_id], score)) for trial_id, score in theirs.items()]
+    nll, accuracy = np.stack([before, *pairs]).max(axis=0).tolist()
+    differences[name] = nll, accuracy
+
+
+def end_to_end(plan: Plan, root: Path, searches: int, differences: Differences) -> dict[str, Any]:
     """Whole searches, each by a process of its own; the last ones stay in `root`/ours and `root`/b3."""
     quick = ["--quick"] if plan is QUICK else []
     cpu: dict[str, list[float]] = {"ours": [], "b3": []}
@@ -452,7 +459,7 @@ def end_to_end(plan: Plan, root: Path, searches: int, differences: dict[str, Sco
         cpu_s, wall_s, found = tree_cpu_s(command)
         cpu[name].append(cpu_s)
         if name == "b3":
-            differences["b3, end to end"] = largest(scores_in(root / "ours" / "study"), found)
+            compare(differences, "b3, end to end", scores_in(root / "ours" / "study"), found)
         return wall_s
 
     wall = interleaved({name: functools.partial(whole, name) for name in cpu}, searches)
@@ -467,7 +474,7 @@ def end_to_end(plan: Plan, root: Path, searches: int, differences: dict[str, Sco
 
 
 def after_extraction(
-    load: Load, root: Path, workers: ProcessPoolExecutor, rounds: int, differences: dict[str, Score]
+    load: Load, root: Path, workers: ProcessPoolExecutor, rounds: int, differences: Differences
 ) -> dict[str, Any]:
     """What follows the extraction, on the features that `end_to_end` has left."""
     cpu: dict[str, list[float]] = {"ours": [], "b3": []}
@@ -490,7 +497,8 @@ def after_extraction(
         found = list(workers.map(loop, [load] * CORES, range(CORES), [root / "b3"] * CORES))
         wall_s = time.perf_counter() - started
         cpu["b3"].append(sum(cpu_s for _, cpu_s in found))
-        differences[f"b3, {load}"] = largest(scores, {key: score for part, _ in found for key, score in part.items()})
+        for part, _ in found:
+            compare(differences, f"b3, {load}", scores, part)
         return wall_s
 
     wall = interleaved({"ours": ours, "b3": theirs}, rounds)
@@ -498,7 +506,7 @@ def after_extraction(
     return {**ratios(wall["ours"], wall["b3"]), "rounds": rounds, "cpu_ratio": cpu_ratio, "load": str(load)}
 
 
-def slow_rungs(plan: Plan, root: Path, differences: dict[str, Score]) -> tuple[dict[str, float], dict[str, str]]:
+def slow_rungs(plan: Plan, root: Path, differences: Differences) -> tuple[dict[str, float], dict[str, str]]:
     """Seconds that B0, B1 and B2 would take for the whole search, and what was measured of each."""
     arguments = studies(plan.slow, root / "slow", root / "ours" / "features")
     list(map(study, *arguments))
@@ -510,7 +518,7 @@ def slow_rungs(plan: Plan, root: Path, differences: dict[str, Score]) -> tuple[d
     seconds, measured = {}, {}
     for rung, trials in tuned.items():
         for trial in trials:
-            differences[rung] = max(differences.get(rung, (0.0, 0.0)), largest(ours, trial["scores"]))
+            compare(differences, rung, ours, trial["scores"])
         alone_s = [Pace(**trial["pace"]).scaled(site, images, plan.search.epochs) for trial in trials]
         seconds[rung] = plan.search.heads * statistics.fmean(alone_s) / CORES
         measured[rung] = f"{len(trials)} trials of {plan.slow}"
@@ -521,7 +529,7 @@ def slow_rungs(plan: Plan, root: Path, differences: dict[str, Score]) -> tuple[d
     setup_s = time.perf_counter() - started
     scores, train_s, val_s = train_heads(trials, site.train, site.val, site.width, site.outputs)
     torch.set_num_threads(1)
-    differences["b2"] = largest(ours, scores)
+    compare(differences, "b2", ours, scores)
     seconds["b2"] = Pace(setup_s, 0.0, train_s, val_s).scaled(site, images, plan.search.epochs)
     return seconds, {**measured, "b2": str(plan.slow)}
 
@@ -531,7 +539,7 @@ def studies(load: Load, folder: Path, features: Path) -> tuple[list[Job], list[M
     job = job_of(load, folder)
     job = job.model_copy(update={"features": job.features.model_copy(update={"path": str(features)})})
     prepared = prepare(job)
-    return halves(prepared.job), [facts_of(prepared)] * CORES, [splits_table(prepared.dataset)] * CORES
+    return by_core(prepared.job), [facts_of(prepared)] * CORES, [splits_table(prepared.dataset)] * CORES
 
 
 def side(name: str, plan: Plan, root: Path) -> Any:
@@ -542,8 +550,11 @@ def side(name: str, plan: Plan, root: Path) -> Any:
         return expert(plan.search, root)
     import ray
 
-    ray.init("local", num_cpus=CORES, include_dashboard=False, log_to_driver=False, logging_level="warning")
-    return {rung: on_tune(plan.slow, plan.slow_trials, own_features=own) for rung, own in (("b0", False), ("b1", True))}
+    ray.init("local", num_cpus=CORES, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    rungs = {"b0": False, "b1": True}
+    found = {rung: on_tune(plan.slow, plan.slow_trials, own_features=own) for rung, own in rungs.items()}
+    ray.shutdown()
+    return found
 
 
 def main() -> None:
@@ -560,15 +571,13 @@ def main() -> None:
         return
     rounds, searches = (1, 1) if arguments.quick else (arguments.rounds, arguments.searches)
     torch.set_num_threads(1)
-    differences: dict[str, Score] = {}
+    differences: Differences = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for load in (plan.search, *plan.packs):
             facts_of(prepare(job_of(load, root)))
         whole = end_to_end(plan, root, searches, differences)
-        with (
-            cores() as workers
-        ):  # forked while this process has one thread, and after `tree_cpu_s`, which waits for all
+        with cores() as workers:  # after `tree_cpu_s`, which waits for all that this process has started
             linear, mlp64, mlp256 = (after_extraction(load, root, workers, rounds, differences) for load in plan.packs)
         seconds, measured = slow_rungs(plan, root, differences)
         counts = counts_of(root / "ours" / "study")

@@ -87,7 +87,9 @@ def cluster(folder: Path) -> Iterator[str]:
 def search(root: Path, name: str, quick: bool, address: str, kill: bool = False) -> int:
     """Run a study in a process of its own; how many trials were committed when it ended or was killed."""
     command = [sys.executable, __file__, "--study", name, "--root", str(root), "--address", address]
-    driver = subprocess.Popen([*command, "--quick"] if quick else command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    driver = subprocess.Popen(
+        [*command, "--quick"] if quick else command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     job = job_of(root, name, quick)
     while kill and driver.poll() is None:
         if committed(job.folder) >= job.search.trials // 3:

@@ -13,6 +13,8 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,14 @@ from _measure import interleaved, say
 from frostline.store import Store, key_of
 
 ROWS, BATCH, BATCHES = 8192, 128, 200
+
+
+def timed(gather: Callable[[np.ndarray], np.ndarray], order: Sequence[np.ndarray]) -> float:
+    """Seconds to gather mini-batch after mini-batch."""
+    started = time.perf_counter()
+    for samples in order:
+        gather(samples)
+    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -51,7 +61,7 @@ def main() -> None:
 
                 equal &= all(np.array_equal(stored.gather(each), plain[each]) for each in order[:20])
                 seconds = interleaved(
-                    {"numpy": lambda p=plain: timed(lambda each: p[each]), "store": lambda s=stored: timed(s.gather)},
+                    {"numpy": partial(timed, plain.__getitem__, order), "store": partial(timed, stored.gather, order)},
                     rounds,
                 )
                 by_case[f"{width} x 4 B, {shards} shard(s)"] = [

@@ -27,6 +27,7 @@ import argparse
 import functools
 import itertools
 import json
+import logging
 import math
 import os
 import sys
@@ -183,7 +184,7 @@ def theirs(job: Job, root: Path) -> dict[str, Any]:
         outcome = run_trial(spec, feed=Feed(), world=World.here(spec.resources), report=report)
         assert outcome.row["status"] == "complete", outcome.row
 
-    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="warning")
+    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     ended = tune.Tuner(
         trainable,
         param_space={

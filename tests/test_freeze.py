@@ -69,7 +69,9 @@ def network_of(backbone: Backbone, dropout: float = 0.0) -> Network:
 def batches(size: int, samples: int = SAMPLES) -> Batches:
     torch.manual_seed(1)
     images = torch.randn(samples, 3, size, size)
-    return Batches(lambda wanted: images[torch.from_numpy(wanted)], np.arange(samples), torch.arange(samples) % CLASSES)
+    return Batches(
+        lambda wanted, _: images[torch.from_numpy(wanted)], np.arange(samples), torch.arange(samples) % CLASSES
+    )
 
 
 def train(network: Network, applied: object, size: int, **settings: object) -> None:
@@ -292,7 +294,9 @@ def test_recalibration_gives_the_statistics_of_the_data(toy: Backbone) -> None:
 def test_recalibration_does_not_depend_on_the_order_of_the_folder(toy: Backbone) -> None:
     """Samples sorted by class, far apart: a batch in that order would hold one class, and lack what lies between them."""
     images = torch.randn(256, 3, 16, 16) + 10 * torch.arange(256).div(128, rounding_mode="floor").view(-1, 1, 1, 1)
-    data = Batches(lambda wanted: images[torch.from_numpy(wanted)], np.arange(256), torch.zeros(256, dtype=torch.long))
+    data = Batches(
+        lambda wanted, _: images[torch.from_numpy(wanted)], np.arange(256), torch.zeros(256, dtype=torch.long)
+    )
     network = network_of(toy)
     applied = apply_plan(freezing(toy, 0, "recalibrate"), network, toy)
     recalibrate(network, applied, data, seed=0)

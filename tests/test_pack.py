@@ -165,6 +165,10 @@ def test_what_may_train_together_is_what_sees_the_same_batches() -> None:
         ),
     ]
     assert len({same, *different}) == 1 + len(different)
+    alone = spec_of(JOB, 0, {})
+    for name in ("split", "subset", "augment", "order", "head", "dropout"):
+        other = alone.model_copy(update={"seeds": alone.seeds.model_copy(update={name: 7})})
+        assert (pack_key(other, STAGES) == same) == (name in ("head", "dropout"))
     assert key(round_="confirm", number=1) == key(round_="confirm", number=2), "finalists on one seed"
     assert key(freeze_depth=2) is None, "a suffix shares nothing where activations are read"
     assert key(job=LIVE, freeze_depth=2) == key(job=LIVE, freeze_depth=1) == key(job=LIVE), "but a live pass it does"
@@ -313,6 +317,7 @@ def test_lanes_of_a_live_pack_share_its_passes(tmp_path: Path) -> None:
     depths = (1, 2, 3, 3)
     ran = Ran(lanes_of(tmp_path, "live", *({"freeze.depth": depth} for depth in depths)))
     assert ran.feed.images_forwarded == 3 * 100
+    assert not ran.feed._passed_cuts, "the next pack is not charged with them"
     for number, depth in enumerate(depths):
         row = ran.row(number)
         assert (row["status"], row["freeze_depth"], row["views"]) == ("complete", depth, "live")

@@ -6,8 +6,8 @@ import io
 
 from rich.console import Console
 
-from frostline.progress import Progress, duration, line, panel
 from frostline.finalists import Finished
+from frostline.progress import Progress, duration, line, panel
 from frostline.study import Snapshot
 
 BEST = Finished("freeze-00007", "freeze", 7, "search", "complete", 0.9512, 3.0)

@@ -11,7 +11,7 @@ from frostline.backbone import load_backbone
 from frostline.features import chunks
 from frostline.freeze import Applied, Network, apply_plan, compile_plan
 from frostline.head import build_head
-from frostline.spec import BackboneSpec, Freeze, Head, Train
+from frostline.spec import BackboneSpec, Freeze, Head, Train, derive_seed
 from frostline.testing import TOY_BACKBONE
 from frostline.train import (
     Average,
@@ -88,7 +88,7 @@ def test_one_step_of_sgd_is_the_step_by_hand() -> None:
     reference.train()
     for name in reference_applied.eval_modules:
         reference.get_submodule(name).training = False
-    torch.manual_seed(0)
+    torch.manual_seed(derive_seed(0, "backbone"))
     order = np.random.default_rng(0).permutation(6)
     loss = nn.functional.cross_entropy(reference(train.fetch(order, 1)), train.labels[order])
     loss.backward()
