@@ -53,12 +53,6 @@ def main() -> None:
                     store.put(key_of(about), about, part, rows[part])
                 stored = store.open(key_of(about))
 
-                def timed(gather) -> float:
-                    started = time.perf_counter()
-                    for samples in order:
-                        gather(samples)
-                    return time.perf_counter() - started
-
                 equal &= all(np.array_equal(stored.gather(each), plain[each]) for each in order[:20])
                 seconds = interleaved(
                     {"numpy": partial(timed, plain.__getitem__, order), "store": partial(timed, stored.gather, order)},

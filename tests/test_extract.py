@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frostline import extract as module
+from frostline.cuts import cut_at
 from frostline.extract import SHARD_BYTES, SHARD_IMAGES, Supply, Survey, extract, needs, shard_size, survey
 from frostline.features import EVAL_BATCH, Feed
 from frostline.pack import run_pack
@@ -90,6 +91,14 @@ def test_each_image_passes_once_for_all_cuts_and_a_restart_passes_none(tmp_path:
     assert (again.shards, again.keys, again.root) == ((), found.keys, found.root)
     assert {entry.key: entry.samples for entry in store_of(spec).entries()} == dict.fromkeys(found.keys, TRAIN + VAL)
     assert all(store_of(spec).verify(key) == [] for key in found.keys)
+
+
+def test_a_process_that_only_extracts_finds_the_cuts_for_itself(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path)
+    found = supply(spec)
+    cut_at.cache_clear()
+    assert made(found) == TRAIN + VAL
+    assert not supply(spec).shards
 
 
 def test_the_row_of_an_extraction(tmp_path: Path) -> None:

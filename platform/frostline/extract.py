@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import torch
 
 from frostline.data import subset
 from frostline.features import EVAL_BATCH, Feed, Origin, chunks, to_rows
@@ -162,11 +161,10 @@ def extract(shard: Shard, feed: Feed, world: World) -> dict[str, Any]:
     origin, spec = origin_of(shard.spec, world), shard.spec
     assert spec.features.path is not None
     parts: dict[int, list[np.ndarray]] = {cut: [] for cut in shard.cuts}
-    with torch.inference_mode():
-        for samples in chunks(shard.samples, EVAL_BATCH):
-            passed = feed.pass_through(origin, shard.cuts, samples, shard.view)
-            for cut, rows in parts.items():
-                rows.append(to_rows(passed[cut], origin.dtype))
+    for samples in chunks(shard.samples, EVAL_BATCH):
+        passed = feed.pass_through(origin, shard.cuts, samples, shard.view)
+        for cut, rows in parts.items():
+            rows.append(to_rows(passed[cut], origin.dtype))
     feed.forget_passes()
     store, written = Store(spec.features.path), 0
     for cut, rows in parts.items():
