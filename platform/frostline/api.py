@@ -49,9 +49,11 @@ def search(
     who = {"driver": os.getpid()}
     with Progress(console) as progress:
         prepared = prepare(job, progress.decoding)
-        facts, splits = facts_of(prepared), splits_table(prepared.dataset)
+        facts = None if address else facts_of(prepared)  # of this machine, unless trials run on others
+        splits = splits_table(prepared.dataset)
         run = {"who": who, "show": progress.show}
         if inline:
+            assert facts is not None
             last = run_inline(prepared.job, facts, splits, **run)
         else:
             from frostline.tune import run_tune

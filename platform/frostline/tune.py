@@ -33,9 +33,11 @@ from ray.exceptions import AuthenticationError, RayTaskError
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from frostline.estimate import facts_of
 from frostline.extract import Shard, Supply, Survey, extract, survey
 from frostline.features import Feed
 from frostline.pack import Finish, Report, run_pack
+from frostline.prepare import prepare
 from frostline.spec import Job, TrialSpec
 from frostline.study import Snapshot, Study
 from frostline.train import EpochRecord
@@ -204,7 +206,7 @@ class TrialActor(tune.Trainable):
 
 def run_tune(
     job: Job,
-    facts: Mapping[str, Any],
+    facts: Mapping[str, Any] | None,
     splits: pa.Table,
     *,
     who: Mapping[str, Any],
@@ -214,7 +216,8 @@ def run_tune(
 ) -> Snapshot:
     """Run the study on the cluster at `address`, or on a local one that is started and stopped here.
 
-    `trainable` is what runs the trials; benchmarks and fault tests give one that does no work.
+    Without `facts`, which say what the stages cost, a worker finds them on the hardware that trials get. `trainable` is what
+    runs the trials; benchmarks and fault tests give one that does no work.
     Raises PlacementError before anything starts where no node can hold a trial.
     """
     with _cluster(address):
@@ -225,6 +228,9 @@ def run_tune(
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         study: Any = ray.remote(num_cpus=0)(StudyActor).options(scheduling_strategy=here).remote()
         try:
+            if facts is None:
+                found = ray.remote(num_cpus=job.resources.cpus, num_gpus=gpus)(_facts)
+                facts = ray.get(found.remote(job))
             show(ray.get(study.open.remote(job, facts, splits, dict(who))))
         except RayTaskError as error:
             raise error.cause from None
@@ -256,6 +262,10 @@ def run_tune(
         if searcher.problem:
             raise searcher.problem
         return last
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    return facts_of(prepare(job))
 
 
 def concurrency(cpus: float, gpus: float, nodes: list[Mapping[str, float]]) -> int:
