@@ -126,7 +126,7 @@ def theirs(trials: int) -> dict[str, Any]:
         tune.report({"score": score(config)})
 
     space = {key: tune.loguniform(low, high) for key, (low, high) in SPACE.items()}
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
+    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="warning")
     slots = int(ray.cluster_resources()["CPU"])
     with tempfile.TemporaryDirectory() as folder:
         found = tune.Tuner(

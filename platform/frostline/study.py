@@ -225,6 +225,11 @@ class Study:
         return sum(self.shares.values())
 
     @property
+    def searching(self) -> bool:
+        """Whether trials of the search are left to start."""
+        return self._search_left() > 0 or any(running.spec.round == "search" for running in self.waiting)
+
+    @property
     def done(self) -> bool:
         """Whether every trial and confirmation has finished."""
         return not (self.running or self.waiting) and self._search_left() == 0 and not self._to_confirm()

@@ -73,20 +73,33 @@ class StudyActor:
     def open(self, job: Job, facts: Mapping[str, Any], splits: pa.Table, who: Mapping[str, Any]) -> Snapshot:
         """Begin, or go on with what is in the folder."""
         self.study = Study(job, facts, splits, who={**who, "pid": os.getpid()})
-        self.work: dict[str, Work] = {}
+        self.assigned: dict[str, Work] = {}  # by Tune trial, whose worker may still be starting
+        self.packs: dict[str, list[TrialSpec]] = {}  # that Tune trials run
         return self.study.snapshot()
 
     def ask(self, share: int) -> tuple[list[TrialSpec], Survey | None, bool]:
         """The next pack, if one can start now, what has to be in the store before it, and whether the study is done."""
-        specs = self.study.ask(share)
+        self.share, specs = share, self.study.ask(share)
         return specs, self.study.survey(specs, share), self.study.done
 
-    def assign(self, trial_id: str, work: Work) -> None:
+    def assign(self, tune_id: str, work: Work) -> None:
         """Have the work of a Tune trial ready: Tune would keep several copies of it to the end."""
-        self.work[trial_id] = work
+        self.assigned[tune_id] = work
 
-    def take(self, trial_id: str) -> Work:
-        return self.work.pop(trial_id)
+    def take(self, tune_id: str) -> Work:
+        """The work of a Tune trial, whose worker has started."""
+        work = self.assigned.pop(tune_id)
+        if isinstance(work, list):
+            self.packs[tune_id] = work
+        return work
+
+    def more(self, tune_id: str) -> list[TrialSpec]:
+        """Another pack for a Tune trial that has run its own, as long as workers are starting: Tune would give the worker of
+        a trial that ends to one whose own is starting, and stop that, so that short packs would never have more than one."""
+        del self.packs[tune_id]
+        if self.assigned and self.study.searching and (specs := self.study.ask(self.share)):
+            self.packs[tune_id] = specs
+        return self.packs.get(tune_id, [])
 
     def report(self, records: Mapping[str, EpochRecord]) -> dict[str, bool]:
         return self.study.report(records)
@@ -100,8 +113,11 @@ class StudyActor:
     def extracted(self, row: Mapping[str, Any]) -> None:
         self.study.extracted(row)
 
-    def lose(self, trial_ids: Sequence[str], reason: str) -> None:
-        self.study.lose(trial_ids, reason)
+    def lose(self, tune_id: str, reason: str) -> None:
+        """Take back what a Tune trial whose worker is gone was running or about to run."""
+        work = self.assigned.pop(tune_id, None) or self.packs.pop(tune_id, [])
+        if isinstance(work, list):
+            self.study.lose([spec.trial_id for spec in work], reason)
 
     def snapshot(self) -> Snapshot:
         return self.study.snapshot()
@@ -142,10 +158,11 @@ class StudySearcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         work, reason = self.running.pop(trial_id), "the worker ended before its result was recorded"
+        if error:
+            ray.get(self.study.lose.remote(trial_id, reason))
         if isinstance(work, list):
-            if error:
-                ray.get(self.study.lose.remote([spec.trial_id for spec in work], reason))
-        elif error:
+            return
+        if error:
             self.tries[id(work)] += 1
             if self.tries[id(work)] < EXTRACTION_TRIES:
                 self.before.append(work)
@@ -181,11 +198,14 @@ class TrialActor(tune.Trainable):
         problem: Exception | None = None
         work: Work = ray.get(self.study.take.remote(self.work))
         if isinstance(work, list):
-            self.run(
-                work,
-                lambda records: ray.get(self.study.report.remote(records)),
-                lambda outcomes: ray.get(self.study.finish.remote(outcomes)),
-            )
+            pack = work
+            while pack:
+                self.run(
+                    pack,
+                    lambda records: ray.get(self.study.report.remote(records)),
+                    lambda outcomes: ray.get(self.study.finish.remote(outcomes)),
+                )
+                pack: list[TrialSpec] = ray.get(self.study.more.remote(self.work))
         else:
             world = World.here(work.resources)
             try:
