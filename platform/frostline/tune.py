@@ -198,14 +198,14 @@ class TrialActor(tune.Trainable):
         problem: Exception | None = None
         work: Work = ray.get(self.study.take.remote(self.work))
         if isinstance(work, list):
-            pack = work
+            pack: list[TrialSpec] = work
             while pack:
                 self.run(
                     pack,
                     lambda records: ray.get(self.study.report.remote(records)),
                     lambda outcomes: ray.get(self.study.finish.remote(outcomes)),
                 )
-                pack: list[TrialSpec] = ray.get(self.study.more.remote(self.work))
+                pack = ray.get(self.study.more.remote(self.work))
         else:
             world = World.here(work.resources)
             try:
