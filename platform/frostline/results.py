@@ -417,7 +417,8 @@ def _summary(found: Mapping[str, Any], study: Path) -> Iterable[str]:
     spent = f"device time: {_duration(cost['trials_s'] + cost['extractions_s'])}"
     if cost["images_extracted"]:
         spent += f", of which {_duration(cost['extractions_s'])} for {cost['images_extracted']:,} images through frozen stages"
-    yield spent + f"; the trials one by one, nothing stored or shared, would take about {_duration(cost['alone_s'])}"
+    yield spent
+    yield f"the trials one by one, nothing stored or shared: about {_duration(cost['alone_s'])}"
     yield f"study: {study}"
 
 
