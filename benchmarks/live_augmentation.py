@@ -104,7 +104,7 @@ def main() -> None:
             Store(job.features.path or "").clean()
             found = ran["together"] = Ran()
             started = time.perf_counter()
-            for shard in survey(Survey(tuple(sharing), None, 1), world).shards:
+            for shard in survey(Survey(tuple(sharing), None, (), 1), world, lambda *_: None).shards:
                 extract(shard, found.feed, world)
             found.run(sharing, world)
             return time.perf_counter() - started

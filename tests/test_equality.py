@@ -35,7 +35,7 @@ CONFIGS = st.fixed_dictionaries(
         "freeze.norm": st.sampled_from(["frozen", "affine", "batch", "recalibrate"]),
         "head.hidden": st.sampled_from([0, 4, 9]),
         "head.dropout": st.sampled_from([0.0, 0.4]),
-        "head.init": st.sampled_from(["random", "zero"]),
+        "head.init": st.sampled_from(["random", "zero", "probe"]),
         "train.optimizer": st.sampled_from(["adamw", "sgd"]),
         "train.lr": st.sampled_from([1e-4, 1e-3]),
         "train.head_lr": st.sampled_from([1e-3, 1e-2]),
@@ -86,6 +86,11 @@ def specs_of(
     return specs
 
 
+def reading(spec: TrialSpec) -> TrialSpec:
+    """The trial, but from stored activations."""
+    return spec.model_copy(update={"cached": True, "start_stored": spec.config.head.init == "probe"})
+
+
 class Ran:
     """Trials, as they ran together: what they reported and what they left."""
 
@@ -93,7 +98,7 @@ class Ran:
         self.records: dict[str, list[EpochRecord]] = {spec.trial_id: [] for spec in specs}
         self.outcomes: dict[str, Outcome] = {}
         self.feed, world = Feed(), World.here(specs[0].resources)
-        for shard in survey(Survey(tuple(specs), None, 1), world).shards:
+        for shard in survey(Survey(tuple(specs), None, (), 1), world, lambda *_: None).shards:
             extract(shard, self.feed, world)
         run_pack(specs, feed=self.feed, world=world, report=self.hear, finish=self.outcomes.update)
 
@@ -122,7 +127,7 @@ def test_half_precision_of_the_store_rounds_live_trials_alike(tmp_path: Path) ->
     for cut in range(1, STAGES + 1):
         config = {"freeze.depth": cut, "head.hidden": 4}
         (spec,) = specs_of(tmp_path, "float16", 0, [config], "confirm")
-        plain, fast = Ran([spec]), Ran([spec.model_copy(update={"cached": True})])
+        plain, fast = Ran([spec]), Ran([reading(spec)])
         check(plain, fast, spec.trial_id, "float32")
         (exact,) = specs_of(tmp_path, "float32", 0, [config], "confirm")
         assert (Ran([exact]).figures(spec.trial_id) != plain.figures(spec.trial_id)).any()
@@ -134,7 +139,7 @@ def test_a_trial_on_stored_activations_is_the_trial_on_images(
     dtype: str, tmp_path_factory: pytest.TempPathFactory, config: Mapping[str, Any], views: int | str
 ) -> None:
     (spec,) = specs_of(tmp_path_factory.mktemp("cached"), dtype, views, [config], "confirm")
-    plain, fast = Ran([spec]), Ran([spec.model_copy(update={"cached": True})])
+    plain, fast = Ran([spec]), Ran([reading(spec)])
     check(plain, fast, spec.trial_id, dtype)
     np.testing.assert_allclose(
         fast.probabilities(spec.trial_id), plain.probabilities(spec.trial_id), atol=1e-6 if dtype == "float64" else 1e-4
@@ -152,7 +157,7 @@ def test_a_lane_of_a_pack_is_the_trial_alone(
     if views != "live":  # lanes that share no live pass are heads
         configs = [{**config, "freeze.depth": STAGES} for config in configs]
     plain = specs_of(tmp_path_factory.mktemp("pack"), dtype, views, configs, "search")
-    cached = [spec.model_copy(update={"cached": True}) for spec in plain]
+    cached = [reading(spec) for spec in plain]
     assert len({pack_key(spec, STAGES) for spec in cached}) == 1
     together = Ran(cached)
     alone = {spec.trial_id: Ran([spec]) for spec in plain}
@@ -168,6 +173,6 @@ def test_a_closed_form_head_is_the_same_in_a_pack(dtype: str, tmp_path: Path) ->
     values = {"freeze.depth": STAGES, "head.hidden": 0, "head.init": "probe"}
     configs = [{**values, "train.head_lr": lr} for lr in (1e-3, 1e-2)]
     plain = specs_of(tmp_path, dtype, 0, configs, "search")
-    together = Ran([spec.model_copy(update={"cached": True}) for spec in plain])
+    together = Ran([reading(spec) for spec in plain])
     for spec in plain:
         check(Ran([spec]), together, spec.trial_id, dtype)

@@ -61,8 +61,10 @@ def spec_of(root: Path, *options: str, round_: str = "search", index: int = 0, *
     )
 
 
-def supply(*specs: TrialSpec, cuts: tuple[int, ...] | None = CUTS, at_once: int = 1) -> Supply:
-    return survey(Survey(specs, cuts, at_once), CPU)
+def supply(
+    *specs: TrialSpec, cuts: tuple[int, ...] | None = CUTS, means: tuple[int, ...] = (), at_once: int = 1
+) -> Supply:
+    return survey(Survey(specs, cuts, means, at_once), CPU, lambda *_: None)
 
 
 def made(found: Supply) -> int:
@@ -124,7 +126,7 @@ def test_another_study_extracts_only_what_is_missing(tmp_path: Path) -> None:
 
 
 def needed(spec: TrialSpec) -> list[int]:
-    return [sample for need in needs(spec, (3,), origin_of(spec, CPU)) for sample in need.samples.tolist()]
+    return [sample for need in needs(spec, (3,), (), origin_of(spec, CPU)) for sample in need.samples.tolist()]
 
 
 def test_more_cuts_pass_the_images_again_for_those_alone(tmp_path: Path) -> None:

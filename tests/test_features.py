@@ -51,7 +51,7 @@ def spec_of(root: Path, *options: str) -> TrialSpec:
 
 def stored(spec: TrialSpec) -> Origin:
     """What the trial and others like it read is put into the store."""
-    for shard in survey(Survey((spec,), CUTS, 1), CPU).shards:
+    for shard in survey(Survey((spec,), CUTS, (), 1), CPU, lambda *_: None).shards:
         extract(shard, Feed(), CPU)
     return origin_of(spec, CPU)
 
@@ -258,7 +258,7 @@ def test_a_live_pass_rounds_only_where_storing_would(tmp_path: Path) -> None:
 def test_a_gpu_holds_what_fits_and_reads_the_rest(tmp_path: Path) -> None:
     spec = spec_of(tmp_path)
     world = World(torch.device("cuda"), "here")
-    for shard in survey(Survey((spec,), CUTS, 1), world).shards:
+    for shard in survey(Survey((spec,), CUTS, (), 1), world, lambda *_: None).shards:
         extract(shard, Feed(), world)
     origin, (train, _) = origin_of(spec, world), samples_of(spec)
     held, read = Feed(), Feed(resident_bytes=0)

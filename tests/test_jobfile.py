@@ -65,8 +65,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         space.train.lr = 1e-3
         [arms.b]
         strategy = "full"
-        space."head.hidden" = [0, 64]
-        space."head.init" = ["zero", "probe"]
+        space."freeze.depth" = [0, 2]
         [arms.c]
         strategy = "freeze_depth"
         [arms.d]
@@ -86,7 +85,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         'arms.a.space."head.hidden" = -1: should be greater than or equal to 0',
         'arms.a.space.train: a dotted key of a space is written in quotes: "train.lr" = …',
         "search.trials = 24: not an equal share for each of 5 arms; 20 or 25 is",
-        "arms.b: head: init = 'probe' is for linear heads (hidden = 0), not hidden = 64",
+        "arms.b: freeze: depth is for strategy = 'freeze_depth', and is needed there (strategy = 'full', depth = 0)",
         'arms.c: strategy = "freeze_depth" needs space."freeze.depth", for example "all" or [0.0, 0.5, 1.0]',
     ]
 
@@ -175,7 +174,6 @@ def test_unknown_keys(override: str, start: str) -> None:
             "freeze.depth=0.5",
             "freeze: depth is for strategy = 'freeze_depth', and is needed there (strategy = 'full', depth = 0.5)",
         ),
-        ("head={init='probe', hidden=8}", "head: init = 'probe' is for linear heads (hidden = 0), not hidden = 8"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_says_what_is_allowed(override: str, line: str) -> None:
@@ -344,16 +342,10 @@ def test_arms_that_contradict_themselves() -> None:
     assert mistakes(BASE.replace('"freeze_depth"', '"full"')) == [
         "arms.a: freeze: depth is for strategy = 'freeze_depth', and is needed there (strategy = 'full', depth = 'all')"
     ]
-    assert mistakes(BASE + '"head.init" = "probe"\n"head.hidden" = [0, 16, 64]\n') == [
-        "arms.a: head: init = 'probe' is for linear heads (hidden = 0), not hidden = 16"
+    probe = BASE.replace('"freeze_depth"', '"linear_probe"').replace('"all"', "[1, 2, 3]")
+    assert mistakes(probe) == [
+        "arms.a: freeze: depth is for strategy = 'freeze_depth', and is needed there (strategy = 'linear_probe', depth = 1)"
     ]
-    assert mistakes(BASE + '"head.init" = ["zero", "probe"]\n"head.hidden" = { low = 0, high = 64 }\n') == [
-        "arms.a: head: init = 'probe' is for linear heads (hidden = 0), not hidden = 64"
-    ]
-    assert mistakes(BASE, "head.init=probe", 'arms.a.space."head.hidden"=4') == [
-        "arms.a: head: init = 'probe' is for linear heads (hidden = 0), not hidden = 4"
-    ]
-    parse(BASE, "head.init=probe", 'arms.a.space."head.hidden"=0')
 
 
 def test_a_contradiction_is_found_in_a_space_of_any_size() -> None:
@@ -361,7 +353,7 @@ def test_a_contradiction_is_found_in_a_space_of_any_size() -> None:
     wide += "".join(
         f'"train.{key}" = [0.1, 0.2, 0.3, 0.4]\n' for key in ("weight_decay", "label_smoothing", "clip_norm")
     )
-    assert len(mistakes(BASE + wide + '"head.init" = ["zero", "probe"]\n"head.hidden" = [0, 16]\n')) == 1
+    assert len(mistakes(BASE.replace('"freeze_depth"', '"full"') + wide)) == 1
 
 
 def test_the_depth_of_a_freeze_depth_arm_comes_from_its_space_or_from_the_job() -> None:

@@ -62,7 +62,7 @@ def lanes_of(root: Path, views: int | str, *configs: Mapping[str, Any], **of_spe
     """Trials of one pack whose activations are in the store."""
     job = prepare(toy_job(root / "study", [f"augment.views={views}"])).job
     specs = [spec_of(job, number, values, **of_spec) for number, values in enumerate(configs)]
-    for shard in survey(Survey(tuple(specs), None, 1), CPU).shards:
+    for shard in survey(Survey(tuple(specs), None, (), 1), CPU, lambda *_: None).shards:
         extract(shard, Feed(), CPU)
     assert take_pack(specs, STAGES, 64, 1) == specs
     return specs

@@ -17,7 +17,7 @@ PRUNED = Finished("freeze-00008", "freeze", 8, "search", "pruned", None, 1.0)
 def snapshot(done: int = 12, **changes: object) -> Snapshot:
     fields = {
         "done": done, "running": 2, "total": 24, "pruned": 3, "failed": 0, "confirmed": 0, "confirmed_complete": 0,
-        "to_confirm": 5, "best": BEST, "elapsed_s": 42.4, "left_s": 80.0, "latest": PRUNED,
+        "to_confirm": 5, "best": BEST, "extracted": 64, "to_extract": 64, "elapsed_s": 42.4, "left_s": 80.0, "latest": PRUNED,
     }  # fmt: skip
     return Snapshot(**{**fields, **changes})
 
@@ -28,6 +28,15 @@ def test_a_line_says_all_that_matters() -> None:
     )
     assert "best" not in line(snapshot(best=None))
     assert "left" not in line(snapshot(left_s=None))
+
+
+def test_while_activations_are_stored_the_images_are_counted() -> None:
+    busy = snapshot(0, extracted=1024, to_extract=10_600)
+    assert "1,024 of 10,600 images through frozen stages" in line(busy)
+    out = io.StringIO()
+    Console(file=out, width=120).print(panel(busy))
+    assert "1,024 of 10,600 images through frozen stages" in out.getvalue()
+    assert "images" not in line(snapshot())
 
 
 def test_durations() -> None:

@@ -32,6 +32,7 @@ from frostline.results import (
     read_extractions,
     read_job,
     read_predictions,
+    read_probes,
     read_splits,
     read_trials,
     render,
@@ -121,6 +122,7 @@ ROWS = [A, B, C, PRUNED, FAILED, *CONFIRMED, confirmation(C, 0, 0.97, 0.80)]
 
 EXTRACTION = {
     "cuts": "2,3",
+    "means": "1",
     "view": None,
     "images": 1437,
     "bytes": 7_356_672,
@@ -136,7 +138,7 @@ def shown(study: Path, width: int = 100, color: bool = False) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-READERS = (read_asks, read_epochs, read_extractions, read_predictions, read_trials)
+READERS = (read_asks, read_epochs, read_extractions, read_predictions, read_probes, read_trials)
 
 
 def test_rows_come_back(tmp_path: Path) -> None:
@@ -208,15 +210,15 @@ def test_other_readers_see_the_same_rows(tmp_path: Path) -> None:
     assert pd.read_parquet(study / "trials")["val_score"].max() == 0.95
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [1, 2, 4])
 def test_a_study_of_another_version_is_refused(tmp_path: Path, version: int) -> None:
-    """Version 1 had no packs and no extractions."""
+    """Version 1 had no packs and no extractions, version 2 no probes."""
     other = table_of(RECORD, [A]).replace_schema_metadata({VERSION: str(version).encode()})
     if version == 1:
         other = other.drop_columns(["pack", "lanes", "spent_s", "alone_s"])
     write_file(tmp_path / "job.json", json.dumps(JOB).encode())
     commit_part(tmp_path, {RECORD: other}, 0)
-    with pytest.raises(UnknownSchema, match=f"written with schema {version}, and this Frostline reads schema 2"):
+    with pytest.raises(UnknownSchema, match=f"written with schema {version}, and this Frostline reads schema 3"):
         read_trials(tmp_path)
 
 
@@ -298,7 +300,7 @@ def test_to_json_is_json_with_stable_keys(tmp_path: Path) -> None:
     found = to_json(make(tmp_path, [*ROWS, trial(9, score=float("nan"), spent_s=float("nan"))]))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert list(found) == [
-        *("study", "name", "metric", "mode", "cost", "finalists", "trials", "counts", "stopped"),
+        *("study", "name", "metric", "mode", "cost", "probes", "finalists", "trials", "counts", "stopped"),
     ]
     assert found["cost"] == {
         "trials_s": 12.0 * len(ROWS),

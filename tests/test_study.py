@@ -21,7 +21,7 @@ from frostline import results
 from frostline.claim import StudyMismatchError, differences
 from frostline.commit import StudyBusy
 from frostline.costs import StageTimes, alone_seconds
-from frostline.extract import Supply
+from frostline.extract import Shard, Supply
 from frostline.finalists import Finished, best_of, choose_finalists
 from frostline.propose import Proposer
 from frostline.rows import describe, summarise
@@ -257,24 +257,70 @@ def test_the_store_is_surveyed_once_for_the_search_and_once_for_the_confirmation
     facts = {**FACTS, "cached_cuts": [3, 1]}
     for _ in range(2):  # a study that is opened again does not know what has become of the store
         study = open_study(job, facts)
-        pack = study.ask(2)
-        question = study.survey(pack, 2)
+        question = study.survey(2)
         assert question is not None
-        assert (question.cuts, question.at_once) == ((1, 3), 2)
-        assert [spec.trial_id for spec in question.specs] == [pack[0].trial_id], "one stands for all"
-        assert study.survey(pack, 2) is None
-        assert study.survey(study.ask(2), 2) is None
+        assert (question.cuts, question.means, question.at_once) == ((1, 3), (), 2)
+        assert len(question.specs) == 1, "one stands for all"
+        assert study.survey(2) is None
+        study.ask(2)
+        assert study.survey(2) is None
         study.close()
     study = open_study(job, facts)
+    assert study.survey()
     while study.snapshot().done < 4:
+        assert study.survey() is None
         run_pack(study, study.ask())
-    pack = study.ask()
-    question = study.survey(pack)
+    question = study.survey()
     assert question is not None
-    assert question.cuts is None
+    assert (question.cuts, question.means) == (None, ())
     assert {spec.trial_id.rpartition("-")[2] for spec in question.specs} == {"c0", "c1", "c2"}
-    assert study.survey(study.ask()) is None
-    assert study.survey([]) is None
+    assert study.survey() is None
+    assert one(study.ask()) in question.specs
+    assert study.survey() is None
+    study.close()
+    study = open_study(job, facts)  # the search is over: confirmations alone are asked about
+    question = study.survey()
+    assert question is not None
+    assert len(question.specs) == 3
+    study.close()
+
+
+def test_heads_in_closed_form_come_once_a_study_and_say_where_its_arms_begin(study_folder: Path) -> None:
+    job, facts = toy_job(study_folder), {**FACTS, "cached_cuts": [3], "probed_cuts": [1, 2, 3]}
+    row = {"stages": 3, "features": 8, "n_train": 9, "n_val": 9, "seconds": 0.1, "strength": 0.5, "reason": None}
+    row |= {f"val_{name}": 0.5 for name in ("nll", "accuracy", "balanced_accuracy", "macro_f1")}
+    rows = [
+        {**row, "cut": cut, "method": method, "val_score": score}
+        for cut, method, score in ((1, "lda", 0.5), (2, "ridge", 0.9), (3, "lda", 0.8))
+    ]
+    study = open_study(job, facts)
+    assert study.survey()
+    question = study.probe()
+    assert question is not None
+    assert question.cuts == (1, 2, 3)
+    study.probed(rows)
+    assert study.probe() is None
+    study.commit()
+    assert results.read_probes(job.folder).num_rows == 0, "they are committed with the next trial"
+    asked = [one(study.ask()) for _ in range(3)]
+    assert sorted(spec.config.freeze.depth for spec in asked) == [0, 2, 3], "both ends, and where the best head stands"
+    assert len({spec.config.train.head_lr for spec in asked}) == 1, "with the job's own rates"
+    for _ in steps(study, asked[:1]):
+        pass
+    study.close()
+    assert sorted(results.read_probes(job.folder).to_pylist(), key=lambda row: row["cut"]) == rows
+    again = open_study(job, facts)
+    assert again.probe() is None
+    assert again.proposers["freeze"].defaults == study.proposers["freeze"].defaults
+    again.close()
+
+
+def test_nothing_is_probed_once_the_search_has_ended(study_folder: Path) -> None:
+    job, facts = toy_job(study_folder), {**FACTS, "probed_cuts": [3]}
+    study = open_study(job, facts)
+    while study.searching or study.running:
+        run_pack(study, study.ask())
+    assert study.probe() is None
     study.close()
 
 
@@ -282,7 +328,7 @@ def test_a_survey_covers_each_precision_that_an_arm_may_draw(study_folder: Path)
     arms = arms_of(one="linear_probe", two="full")
     arms["two"]["space"] |= {"train.precision": ["bf16", "fp32"]}
     study = open_study(toy_job(study_folder, arms=arms), LANES)
-    question = study.survey(study.ask())
+    question = study.survey()
     assert question is not None
     assert [spec.config.train.precision for spec in question.specs] == ["auto", "bf16", "fp32"]
     study.close()
@@ -290,9 +336,8 @@ def test_a_survey_covers_each_precision_that_an_arm_may_draw(study_folder: Path)
 
 def test_nothing_is_surveyed_where_nothing_is_stored(study_folder: Path) -> None:
     study = open_study(toy_job(study_folder), {**FACTS, "cached_cuts": []})
-    pack = study.ask()
-    assert study.survey(pack) is None
-    assert not one(pack).cached
+    assert study.survey() is None
+    assert not one(study.ask()).cached
     study.close()
 
 
@@ -310,7 +355,7 @@ def test_what_trials_read_is_kept_while_the_study_is_open(study_folder: Path, tm
     store, about = Store(tmp_path / "features"), {"cut": 3}
     store.put(key_of(about), about, np.arange(4), np.ones((4, 2), np.float32))
     study = open_study(toy_job(study_folder), LANES)
-    study.hold(Supply(str(store.root), (key_of(about),), ()))
+    study.hold(str(store.root), [key_of(about)])
     assert store.evict(0) == []
     study.close()
     assert [entry.key for entry in store.evict(0)] == [key_of(about)]
@@ -319,8 +364,20 @@ def test_what_trials_read_is_kept_while_the_study_is_open(study_folder: Path, tm
 def test_the_rows_of_extractions_are_committed_with_the_next_trial(study_folder: Path) -> None:
     job = toy_job(study_folder)
     study = open_study(job, LANES)
-    row = {"cuts": "3", "view": None, "images": 7, "bytes": 70, "seconds": 0.5, "node": "n", "started_at": None}
+    row = {
+        "cuts": "3",
+        "means": "",
+        "view": None,
+        "images": 7,
+        "bytes": 70,
+        "seconds": 0.5,
+        "node": "n",
+        "started_at": None,
+    }
+    study.supplied(Supply("unused", (), (Shard(next(study._sketches()), (3,), (), None, np.arange(7)),)))
+    assert (study.snapshot().extracted, study.snapshot().to_extract) == (0, 7)
     study.extracted(row)
+    assert study.snapshot().extracted == 7
     study.commit()
     assert results.read_extractions(job.folder).num_rows == 0
     run_pack(study, study.ask())

@@ -134,12 +134,12 @@ run_tune(ready.job, facts_of(ready), splits_table(ready.dataset), who={}, show=l
 
 @pytest.mark.parametrize("deaths", [[], pytest.param(["1", "3"], marks=pytest.mark.slow)], ids=["trial", "extraction"])
 def test_what_a_dead_worker_did_is_done_again_and_the_search_goes_on(tmp_path: Path, deaths: list[str]) -> None:
-    """The survey comes first, its second try next, then the one shard. The five trials are one pack: tried again one by
+    """The survey comes first, its second try next, then the one shard, then heads in closed form. The five trials are one pack: tried again one by
     one, all but the one that is to blame complete."""
     script = tmp_path / "mortal.py"
     script.write_text(MORTAL)
     subprocess.run([sys.executable, str(script), str(tmp_path / "study"), *deaths], check=True, capture_output=True)
-    search, again, confirmation = ["survey", "shard", "pack"], ["trial"] * 5, ["survey", "shard", "trial"]
+    search, again, confirmation = ["survey", "shard", "probe", "pack"], ["trial"] * 5, ["survey", "shard", "trial"]
     assert (tmp_path / "steps").stat().st_size == len([*search, *again, *confirmation]) + len(deaths)
     rows = {row["trial_id"]: row for row in results.read_trials(tmp_path / "study").to_pylist()}
     assert len(rows) == 5 + 1

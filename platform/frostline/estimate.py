@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from optuna.distributions import CategoricalDistribution
 
+from frostline.closedform import pooled_width
 from frostline.costs import Choice, StageTimes, choose_cuts, measure, resumable, trial_seconds
 from frostline.pack import SUFFIXES
 from frostline.prepare import Prepared
@@ -117,21 +118,47 @@ def _shown(job: Job) -> int:
 
 
 def facts_of(prepared: Prepared) -> dict[str, Any]:
-    """What is recorded beside the job, as JSON values: what it stands on, what is stored, and what that was decided by."""
+    """What is recorded beside the job, as JSON values: what it stands on, what is stored, what that was decided by, and at
+    which cuts heads in closed form are tried."""
     times = stage_times(prepared)
     stored = [choice.cut for choice in cut_choices(prepared, times) if choice.stored]
-    return {**prepared.facts, "cached_cuts": stored, "stage_times": asdict(times)}
+    return {
+        **prepared.facts,
+        "cached_cuts": stored,
+        "probed_cuts": probed_cuts(prepared),
+        "stage_times": asdict(times),
+    }
+
+
+def probed_cuts(prepared: Prepared) -> list[int]:
+    """Where heads in closed form are tried: at all cuts that the arms may draw and the network can be left at, and the last;
+    nowhere where nothing may be stored."""
+    if prepared.job.features.cache == "none":
+        return []
+    return [*resumable(prepared, {*_drawn(prepared), len(prepared.backbone.stages)})]
+
+
+def mean_bytes(prepared: Prepared) -> int:
+    """What heads in closed form have stored of an image: its means over positions, at all of their cuts."""
+    cuts = resumable(prepared, probed_cuts(prepared)).values()
+    return (2 if prepared.job.features.dtype == "float16" else 4) * sum(pooled_width(cut.shape) for cut in cuts)
 
 
 def estimate(
-    job: Job, stages: Sequence[StageCost], sizes: Sizes, times: StageTimes, slots: int, stored: Mapping[int, int]
+    job: Job,
+    stages: Sequence[StageCost],
+    sizes: Sizes,
+    times: StageTimes,
+    slots: int,
+    stored: Mapping[int, int],
+    means: int,
 ) -> Estimate:
     """What the search of `job` takes with `slots` trials at once, activations being stored at the cuts of `stored`, in so
-    many bytes an image.
+    many bytes an image, and their `mean_bytes`.
 
-    A trial takes what `trial_seconds` says. Extraction takes one pass of each image to the deepest cut that is stored: of
-    all train and val samples, and for confirmations of test and of what their own subsets and views add. Trials that train
-    together take less than that.
+    A trial takes what `trial_seconds` says. Unless features.cache is "none", all train and val samples pass the whole
+    backbone once, for heads in closed form and for what is stored on the way; for confirmations test passes to the deepest
+    cut that is stored, and so does what their own subsets and views add. Trials that train together take less than that.
     """
     arms, each_arm = list(job.arms.values()), job.confirm.finalists == "arms"
     share = job.search.trials // len(arms)
@@ -140,13 +167,15 @@ def estimate(
     typical = [_mean(job, arm, "train.epochs") for arm in arms]
     stopped = [expected_epochs(job.search.pruner, epochs) for epochs in typical]
     redrawn = job.confirm.seeds * (job.data.per_class is not None or job.augment.views != 0)
-    shown = _shown(job) * sizes.n_train * (1 + redrawn)
-    extracted = (shown + sizes.n_val + sizes.n_test * (confirmations > 0)) * bool(stored)
-    kept_bytes = extracted * sum(stored.values())
+    shown, probed = _shown(job) * sizes.n_train, job.features.cache != "none"
+    searched = max(shown, sizes.n_train) * probed, sizes.n_val * probed
+    confirmed = shown * redrawn * bool(stored), sizes.n_test * (confirmations > 0) * bool(stored)
+    kept_bytes = (shown * (1 + redrawn) + sizes.n_val + confirmed[1]) * sum(stored.values())
+    kept_bytes += (sizes.n_train + sizes.n_val) * means * probed
     extraction_s = kept_bytes / times.read_bytes_per_s  # to write is taken to cost what reading does
-    if stored:
-        extraction_s += extracted * times.prefix_s[max(stored)] + shown * times.view_s
-    extraction = np.array([extracted, 0.0, extraction_s])
+    extraction_s += sum(searched) * times.forward_s + (searched[0] + confirmed[0]) * times.view_s
+    extraction_s += sum(confirmed) * times.prefix_s[max(stored, default=0)]
+    extraction = np.array([sum(searched) + sum(confirmed), 0.0, extraction_s])
 
     def works(epochs: Sequence[float], confirm: bool = False, dearest: bool = False) -> list[np.ndarray]:
         return [

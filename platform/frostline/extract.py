@@ -3,20 +3,25 @@ frozen prefix once for all of its cuts."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
+from frostline.closedform import pooled, pooled_width
 from frostline.data import subset
 from frostline.features import EVAL_BATCH, Feed, Origin, chunks, to_rows
 from frostline.spec import Resources, TrialSpec, depth_of
 from frostline.store import Store, key_of
 from frostline.trial import origin_of
 from frostline.world import World
+
+Hold = Callable[[str, Collection[str]], None]
+"""Takes the root of a store and keys in it that are to stay there."""
 
 SHARD_BYTES = 128 << 20
 """What an extraction holds in memory, at most, before it is written."""
@@ -30,6 +35,8 @@ class Survey:
     specs: tuple[TrialSpec, ...]
     cuts: tuple[int, ...] | None
     """Cuts that trials like these may have, where that is not known of each."""
+    means: tuple[int, ...]
+    """Cuts at which heads in closed form will be tried on the mean over positions."""
     at_once: int
     """Extractions that can run at the same time."""
 
@@ -48,14 +55,21 @@ class Need:
     view: int | None
     samples: np.ndarray
     """Sorted sample numbers."""
+    mean: bool = False
+    """Whether it is the activations' mean over positions that is read."""
+
+    def about(self, origin: Origin) -> dict[str, Any]:
+        return origin.about(self.cut, self.view, mean=self.mean)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One extraction: a pass of some samples, under one view, that stores their activations at some cuts."""
+    """One extraction: a pass of some samples, under one view, that stores their activations at some cuts, and their means
+    over positions at others."""
 
     spec: TrialSpec
     cuts: tuple[int, ...]
+    means: tuple[int, ...]
     view: int | None
     samples: np.ndarray
 
@@ -74,35 +88,37 @@ class Supply:
     shards: tuple[Shard, ...]
 
 
-def survey(question: Survey, world: World) -> Supply:
+def survey(question: Survey, world: World, hold: Hold) -> Supply:
     """What the trials will read, and what the store lacks of it, or has in a damaged form; makes room for that.
 
-    Raises FeatureError where the store cannot be used.
+    What will be read is held before anybody looks whether it is there. Raises FeatureError where the store cannot be used.
     """
     wanted: list[Need] = []
     for spec in question.specs:
         origin = origin_of(spec, world)
         own = depth_of(spec.config.freeze, len(origin.backbone.stages))
         cuts = question.cuts if question.cuts is not None else (own,) * spec.cached
-        wanted += needs(spec, cuts, origin)
+        wanted += needs(spec, cuts, question.means, origin)
     features = question.specs[0].features
     assert features.path is not None
     store = Store(features.path)
-    keys = {key_of(origin_of(need.spec, world).about(need.cut, need.view)) for need in wanted}
+    keys = {key_of(need.about(origin_of(need.spec, world))) for need in wanted}
+    hold(features.path, keys)
     for key in sorted(keys):
         store.repair(key)
     found = shards(wanted, world, question.at_once)
     new = sum(
-        len(shard.samples) * row_bytes(origin_of(shard.spec, world), cut) for shard in found for cut in shard.cuts
+        len(shard.samples) * image_bytes(origin_of(shard.spec, world), shard.cuts, shard.means) for shard in found
     )
     if new:
         store.evict(max(0, int(features.budget_gb * 1e9) - new), keep=keys)
     return Supply(features.path, tuple(sorted(keys)), tuple(found))
 
 
-def needs(spec: TrialSpec, cuts: Iterable[int], origin: Origin) -> list[Need]:
+def needs(spec: TrialSpec, cuts: Iterable[int], means: Collection[int], origin: Origin) -> list[Need]:
     """What a trial like this one reads, were its cut any of `cuts`: its train samples under every view that is stored, its
-    val samples, and in a confirmation those of test, as they are."""
+    val samples, and in a confirmation those of test, as they are. What heads in closed form read at the cuts of `means`,
+    and what its own head starts from: its train samples as the first epoch shows them, and its val samples."""
     dataset, views = origin.dataset, spec.augment.views
     plain = [dataset.indices("val")] + [dataset.indices("test")] * (spec.round == "confirm")
     train = subset(dataset, spec.data.per_class, spec.seeds.subset)
@@ -110,11 +126,16 @@ def needs(spec: TrialSpec, cuts: Iterable[int], origin: Origin) -> list[Need]:
         plain.append(train)
     shown = range(views) if isinstance(views, int) else ()
     samples = np.sort(np.concatenate(plain))
-    return [
+    found = [
         need
         for cut in cuts
         for need in [Need(spec, cut, None, samples), *(Need(spec, cut, view, train) for view in shown)]
     ]
+    for cut in means:
+        found.append(Need(spec, cut, None, dataset.indices("val"), mean=True))
+    for cut in {*means, *[len(origin.backbone.stages)] * spec.start_stored}:
+        found.append(Need(spec, cut, origin.view(1), train, mean=True))
+    return found
 
 
 def shards(wanted: Sequence[Need], world: World, at_once: int) -> list[Shard]:
@@ -123,23 +144,25 @@ def shards(wanted: Sequence[Need], world: World, at_once: int) -> list[Shard]:
     found: list[Shard] = []
     passes: dict[str, list[Need]] = {}  # of one pass: what differs by the cut alone
     for need in wanted:
-        about = origin_of(need.spec, world).about(need.cut, need.view)
-        passes.setdefault(key_of({**about, "cut": None, "boundary": None}), []).append(need)
+        about = need.about(origin_of(need.spec, world))
+        passes.setdefault(key_of({**about, "cut": None, "boundary": None, "pool": None}), []).append(need)
     for together in passes.values():
         spec, view = together[0].spec, together[0].view
         origin = origin_of(spec, world)
         assert spec.features.path is not None
         store = Store(spec.features.path)
-        lacking: dict[int, set[int]] = {}
+        lacking: dict[int, set[tuple[int, bool]]] = {}
         for need in together:
-            for sample in store.missing(key_of(origin.about(need.cut, view)), need.samples).tolist():
-                lacking.setdefault(sample, set()).add(need.cut)
-        by_cuts: dict[tuple[int, ...], list[int]] = {}
+            flat = len(origin.cut(need.cut).shape) == 1  # its own mean
+            for sample in store.missing(key_of(need.about(origin)), need.samples).tolist():
+                lacking.setdefault(sample, set()).add((need.cut, need.mean and not flat))
+        alike: dict[tuple[tuple[int, bool], ...], list[int]] = {}
         for sample in sorted(lacking):
-            by_cuts.setdefault(tuple(sorted(lacking[sample])), []).append(sample)
-        for cuts, samples in by_cuts.items():
-            size = shard_size(len(samples), sum(row_bytes(origin, cut) for cut in cuts), at_once)
-            found += [Shard(spec, cuts, view, part) for part in chunks(np.array(samples, np.int64), size)]
+            alike.setdefault(tuple(sorted(lacking[sample])), []).append(sample)
+        for what, samples in alike.items():
+            cuts, means = (tuple(cut for cut, mean in what if mean == wanted) for wanted in (False, True))
+            size = shard_size(len(samples), image_bytes(origin, cuts, means), at_once)
+            found += [Shard(spec, cuts, means, view, part) for part in chunks(np.array(samples, np.int64), size)]
     return found
 
 
@@ -150,9 +173,11 @@ def shard_size(images: int, image_bytes: int, at_once: int) -> int:
     return max(1, min(fit, each)) * EVAL_BATCH
 
 
-def row_bytes(origin: Origin, cut: int) -> int:
-    """Bytes of one image's activation at a cut, as it is stored."""
-    return int(np.prod(origin.cut(cut).shape)) * np.dtype(origin.dtype).itemsize
+def image_bytes(origin: Origin, cuts: Iterable[int], means: Iterable[int]) -> int:
+    """Bytes of one image's activations at some cuts, and of their means at others, as they are stored."""
+    numbers = sum(math.prod(origin.cut(cut).shape) for cut in cuts)
+    numbers += sum(pooled_width(origin.cut(cut).shape) for cut in means)
+    return numbers * np.dtype(origin.dtype).itemsize
 
 
 def extract(shard: Shard, feed: Feed, world: World) -> dict[str, Any]:
@@ -160,19 +185,23 @@ def extract(shard: Shard, feed: Feed, world: World) -> dict[str, Any]:
     started_at, started = datetime.now(UTC), time.perf_counter()
     origin, spec = origin_of(shard.spec, world), shard.spec
     assert spec.features.path is not None
-    parts: dict[int, list[np.ndarray]] = {cut: [] for cut in shard.cuts}
+    parts: dict[tuple[int, bool], list[np.ndarray]] = {
+        **{(cut, False): [] for cut in shard.cuts},
+        **{(cut, True): [] for cut in shard.means},
+    }
     for samples in chunks(shard.samples, EVAL_BATCH):
-        passed = feed.pass_through(origin, shard.cuts, samples, shard.view)
-        for cut, rows in parts.items():
-            rows.append(to_rows(passed[cut], origin.dtype))
+        passed = feed.pass_through(origin, {cut for cut, _ in parts}, samples, shard.view)
+        for (cut, mean), rows in parts.items():
+            rows.append(to_rows(pooled(passed[cut]) if mean else passed[cut], origin.dtype))
     feed.forget_passes()
     store, written = Store(spec.features.path), 0
-    for cut, rows in parts.items():
-        about, table = origin.about(cut, shard.view), np.concatenate(rows)
+    for (cut, mean), rows in parts.items():
+        about, table = origin.about(cut, shard.view, mean=mean), np.concatenate(rows)
         store.put(key_of(about), about, shard.samples, table)
         written += table.nbytes
     return {
         "cuts": ",".join(map(str, shard.cuts)),
+        "means": ",".join(map(str, shard.means)),
         "view": shard.view,
         "images": len(shard.samples),
         "bytes": written,

@@ -62,10 +62,12 @@ class Origin:
         exact = self.autocast is None and getattr(torch, self.dtype) == torch.get_default_dtype()
         return None if index == 0 or exact else cut_at(self.backbone, self.dataset.pixels.shape[1], index)
 
-    def about(self, cut: int, view: int | None) -> dict[str, Any]:
-        """Everything that could change an activation (P12), as JSON values."""
+    def about(self, cut: int, view: int | None, *, mean: bool = False) -> dict[str, Any]:
+        """Everything that could change an activation, or its `mean` over positions (P12), as JSON values."""
         backbone = self.backbone
+        pool = {"pool": "mean"} if mean and len(self.cut(cut).shape) > 1 else {}
         return {
+            **pool,
             "backbone": backbone.name,
             "source": backbone.source_hash,
             "weights": backbone.weights_hash,
@@ -170,6 +172,25 @@ class Feed:
         table = self._resident[held]
         self._resident.move_to_end(held)
         return lambda wanted: from_rows(table[torch.from_numpy(np.searchsorted(samples, wanted)).to(device)])
+
+    def pretrained(self, origin: Origin, samples: np.ndarray, features: Features | None) -> Tensor:
+        """(n, D) features that the pretrained backbone gives of train samples, as the first epoch shows them: from the store,
+        or (None) by a live pass."""
+        last = len(origin.backbone.stages)
+        if features is not None:
+            return self.means(origin, last, origin.view(1), samples, features)
+        parts = [
+            self.pass_through(origin, {last}, chunk, origin.view(1))[last].cpu()
+            for chunk in chunks(samples, EVAL_BATCH)
+        ]
+        self._passed = (None, {})
+        return torch.cat(parts)
+
+    def means(self, origin: Origin, cut: int, view: int | None, samples: np.ndarray, features: Features) -> Tensor:
+        """(n, D) activations at a cut, their mean over positions where they have any, from the store, on the CPU."""
+        assert features.path is not None, "made absolute by `prepare`"
+        rows = Store(features.path).open(key_of(origin.about(cut, view, mean=True)))
+        return widened(torch.from_numpy(rows.gather(samples)))
 
     def pass_through(
         self, origin: Origin, cuts: Collection[int], samples: np.ndarray, view: int | None

@@ -1,19 +1,13 @@
-"""Heads: what is put on top of a backbone's pooled features."""
+"""Heads: what is put on top of a backbone's features."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from frostline.closedform import ridge
 from frostline.spec import Head
-
-PENALTIES = tuple(10 ** (k / 2) for k in range(-8, 5))  # in mean eigenvalues of the features' scatter
-SCALES = tuple(2.0**k for k in range(8))
 
 
 class SeededDropout(nn.Module):
@@ -65,55 +59,13 @@ def build_head(head: Head, features: int, classes: int, seed: int) -> nn.Sequent
 
 
 def set_probe(head: nn.Sequential, features: Tensor, labels: np.ndarray) -> None:
-    """Set a linear head to the ridge solution on (N, D) features, the head that LP-FT (Kumar et al. 2022) starts from.
-
-    The ridge penalty and the scale of the logits are those with the lowest leave-one-out NLL, which is exact for ridge.
+    """Set the last layer to the ridge solution on its inputs for (N, D) features: for a linear head that is the probe from
+    which LP-FT (Kumar et al. 2022) starts, for an MLP the ridge on what its random hidden layer makes of them.
     """
-    out = head[-1]
+    *hidden, _, out = head
     assert isinstance(out, nn.Linear)
-    assert len(head) == 2
-    truth = torch.from_numpy(labels).long()
-    targets = functional.one_hot(truth, out.out_features).double()
-    candidates = (
-        (float(functional.cross_entropy(scale * ridge.left_out, truth)), scale, ridge)
-        for ridge in ridge_path(features.cpu().double(), targets, PENALTIES)
-        for scale in SCALES
-    )
-    _, scale, best = min(candidates, key=lambda candidate: candidate[0])
     with torch.no_grad():
-        out.weight.copy_(scale * best.weight)
-        out.bias.copy_(scale * best.bias)
-
-
-@dataclass(frozen=True)
-class Ridge:
-    """A ridge regression with an intercept that is not penalised."""
-
-    penalty: float
-    weight: Tensor  # (C, D)
-    bias: Tensor  # (C,)
-    left_out: Tensor  # (N, C): what the fit to all other samples predicts for each
-
-
-def ridge_path(inputs: Tensor, targets: Tensor, penalties: Iterable[float]) -> Iterator[Ridge]:
-    """Ridge regressions of (N, C) targets on (N, D) inputs, one per penalty (given in mean eigenvalues of the scatter),
-    from one eigendecomposition of the smaller Gram matrix; float64 in and out."""
-    centre, share = inputs.mean(dim=0), targets.mean(dim=0)
-    inputs, rest = inputs - centre, targets - share
-    if len(inputs) >= inputs.shape[1]:
-        eigenvalues, basis = torch.linalg.eigh(inputs.T @ inputs)
-        scores = dual = inputs @ basis
-    else:
-        eigenvalues, dual = torch.linalg.eigh(inputs @ inputs.T)
-        basis = inputs.T @ dual
-        scores = dual * eigenvalues
-    projected, overlap = dual.T @ rest, scores * dual
-    unit = float(eigenvalues.mean().clamp(min=1e-30))
-    for penalty in (unit * factor for factor in penalties):
-        gain = 1 / (eigenvalues.clamp(min=0) + penalty)  # (K,)
-        solution = gain[:, None] * projected  # (K, C)
-        weight = (basis @ solution).T
-        leverage = overlap @ gain + 1 / len(inputs)
-        residual = rest - scores @ solution
-        left_out = targets - residual / (1 - leverage).clamp(min=1e-9)[:, None]
-        yield Ridge(penalty, weight, share - weight @ centre, left_out)
+        inputs = nn.Sequential(*hidden)(features.to(out.weight))
+        solution = ridge(inputs.cpu(), torch.from_numpy(labels).long(), out.out_features)
+        out.weight.copy_(solution.weight)
+        out.bias.copy_(solution.bias)

@@ -10,6 +10,7 @@ import pyarrow as pa
 from frostline.extract import extract, survey
 from frostline.features import Feed
 from frostline.pack import run_pack
+from frostline.probes import probe
 from frostline.spec import Job
 from frostline.study import Snapshot, Study
 from frostline.train import EpochRecord
@@ -34,13 +35,17 @@ def run_inline(
         show(study.snapshot())
 
     try:
-        while specs := study.ask():
-            if question := study.survey(specs):
-                supply = survey(question, world)
-                study.hold(supply)
+        while not study.done:
+            if question := study.survey():
+                supply = survey(question, world, study.hold)
+                study.supplied(supply)
                 for shard in supply.shards:
                     study.extracted(extract(shard, feed, world))
-            run_pack(specs, feed=feed, world=world, report=report, finish=finish)
+                    show(study.snapshot())
+            elif heads := study.probe():
+                study.probed(probe(heads, feed, world))
+            else:
+                run_pack(study.ask(), feed=feed, world=world, report=report, finish=finish)
         return study.snapshot()
     finally:
         study.close()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from frostline.backbone import Backbone
 from frostline.data import subset
@@ -195,7 +195,7 @@ def _head_program(
     train, val = batches(subset(dataset, lead.data.per_class, lead.seeds.subset)), batches(dataset.indices("val"))
     networks = [Network(module, head_of(lane.spec, origin)) for lane in lanes]
     applied = _apply(lead, networks, backbone)
-    _set_probes(lanes, networks, train, origin)
+    _set_probes(lanes, networks, train.samples, origin, feed)
     for lane, network, masks in zip(lanes, networks, applied, strict=True):
         lane.row |= describe_network(network, masks, backbone, cut, lane.spec.config.train)
         lane.row |= {"inputs": "features", "precision": "bf16" if origin.autocast else "fp32"}
@@ -276,11 +276,17 @@ def _apply(lead: TrialSpec, networks: Sequence[Network], backbone: Backbone) -> 
     return [of_kind[len(network.head)] for network in networks]
 
 
-def _set_probes(lanes: Sequence[_Lane], networks: Sequence[Network], train: Batches, origin: Origin) -> None:
-    """Lay the closed-form solution, which depends on the features alone, over the heads that start at it."""
-    heads = [net.head for lane, net in zip(lanes, networks, strict=True) if lane.spec.config.head.init == "probe"]
+def _set_probes(
+    lanes: Sequence[_Lane], networks: Sequence[Network], samples: np.ndarray, origin: Origin, feed: Feed
+) -> None:
+    """Lay the closed-form solutions over the heads that start at them; linear ones start alike."""
+    pairs = zip(lanes, networks, strict=True)
+    heads = [network.head for lane, network in pairs if lane.spec.config.head.init == "probe"]
     if heads:
-        pooled = predict(nn.Identity(), train, origin.autocast, epoch=1)
-        set_probe(heads[0], torch.from_numpy(pooled), origin.dataset.labels[train.samples])
-        for head in heads[1:]:
-            head[-1].load_state_dict(heads[0][-1].state_dict())
+        lead, labels = lanes[0].spec, origin.dataset.labels[samples]
+        start = feed.pretrained(origin, samples, lead.features if lead.start_stored else None)
+        linear = [head for head in heads if len(head) == 2]
+        for head in [*linear[:1], *(head for head in heads if len(head) > 2)]:
+            set_probe(head, start, labels)
+        for head in linear[1:]:
+            head[-1].load_state_dict(linear[0][-1].state_dict())

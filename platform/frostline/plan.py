@@ -14,7 +14,7 @@ from rich.text import Text
 
 from frostline.backbone import stage_table
 from frostline.costs import Choice, StageTimes
-from frostline.estimate import Estimate, Sizes, arm_cuts, cut_choices, estimate, local_slots, stage_times
+from frostline.estimate import Estimate, Sizes, arm_cuts, cut_choices, estimate, local_slots, mean_bytes, stage_times
 from frostline.pixels import cache_root
 from frostline.prepare import Prepared, prepare
 from frostline.progress import Progress
@@ -55,7 +55,7 @@ def render_plan(job: Job, console: Console) -> None:
     choices = cut_choices(prepared, times)
     stored = {choice.cut: choice.image_bytes or 0 for choice in choices if choice.stored}
     slots = local_slots(job.resources, os.cpu_count() or 1, torch.cuda.device_count())
-    found = estimate(job, stages, sizes, times, max(1, slots), stored)
+    found = estimate(job, stages, sizes, times, max(1, slots), stored, mean_bytes(prepared))
     if choices:
         console.print(_choice_table(choices), "", sep="\n")
     console.print(_cost_table(found, times.device), "", _facts(_grounds(job, times, found, slots)), sep="\n")

@@ -42,7 +42,7 @@ class Progress:
             if self.live:
                 self.live.update(panel(snapshot))
                 return
-            state = (snapshot.done, snapshot.confirmed, snapshot.running)
+            state = (snapshot.done, snapshot.confirmed, snapshot.running, snapshot.extracted)
             ended = snapshot.done == snapshot.total and snapshot.confirmed >= snapshot.to_confirm
             if state != self.shown and (ended or time.monotonic() - self.shown_at >= self.every_s):
                 self.shown, self.shown_at = state, time.monotonic()
@@ -67,6 +67,8 @@ def line(snapshot: Snapshot) -> str:
         f"{snapshot.pruned} pruned",
         f"{snapshot.failed} failed",
     ]
+    if snapshot.extracted < snapshot.to_extract:
+        parts.append(extraction(snapshot))
     if snapshot.to_confirm:
         parts.append(f"{snapshot.confirmed}/{snapshot.to_confirm} confirmed")
     if snapshot.best:
@@ -89,11 +91,18 @@ def panel(snapshot: Snapshot) -> Group:
         f"{snapshot.failed} failed; {snapshot.confirmed} of {snapshot.to_confirm} confirmations"
     )
     lines = [Text(state)]
+    if snapshot.extracted < snapshot.to_extract:
+        lines.append(Text(extraction(snapshot)))
     if snapshot.best:
         lines.append(Text(f"best so far    {score(snapshot.best)}"))
     if snapshot.latest:
         lines.append(Text(f"last finished  {score(snapshot.latest)}", style="dim"))
     return Group(counts, *lines)
+
+
+def extraction(snapshot: Snapshot) -> str:
+    """How far the images are whose activations are being stored."""
+    return f"{snapshot.extracted:,} of {snapshot.to_extract:,} images through frozen stages"
 
 
 def score(trial: Finished) -> str:

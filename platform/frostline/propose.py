@@ -68,7 +68,7 @@ class Proposer:
                 f"lower search.trials to {points * len(job.arms)} or widen the space"
             )
         first = strong_defaults(job, arm, self.space, stages) if job.search.defaults and self.kind != "grid" else []
-        self.defaults = [self._point(values) for values in first]
+        self.stages, self.defaults = stages, [self._point(values) for values in first]
         self.rule = build_rule(job.search.pruner, maximize=self.maximize)
         self.asks: list[Point] = []
         self.used: set[Point] = set()
@@ -82,6 +82,19 @@ class Proposer:
     def asked(self) -> int:
         """How many trials the arm has proposed."""
         return len(self.asks)
+
+    def begin_at(self, depth: int) -> None:
+        """Have the arm's own values be tried at this freeze depth too, or at the nearest of its space, next of its strong
+        defaults. Nothing changes where it has none of these, or does not search the depth."""
+        dist = self.space.get("freeze.depth")
+        if dist is None or not self.defaults:
+            return
+        choices = dist.choices if isinstance(dist, CategoricalDistribution) else range(self.stages + 1)
+        near = min(choices, key=lambda choice: abs(_stages_frozen(choice, self.stages) - depth))
+        first = [
+            dist.to_external_repr(entry) for dist, entry in zip(self.space.values(), self.defaults[0], strict=True)
+        ]
+        self.defaults.append(self._point(dict(zip(self.space, first, strict=True)) | {"freeze.depth": near}))
 
     def values(self, number: int) -> dict[str, Any]:
         """The configuration that trial `number` was asked with, by dotted job key."""
@@ -255,11 +268,15 @@ def _distinct_depths(choices: Sequence[Scalar], stages: int) -> list[Scalar]:
     by_depth: dict[int, Scalar] = {}
     for choice in choices:
         try:
-            depth = depth_of(Freeze.model_validate({"strategy": "freeze_depth", "depth": choice}), stages)
+            depth = _stages_frozen(choice, stages)
         except ValueError as error:
             raise SpaceError(f'space."freeze.depth" holds {choice!r}: {error}') from None
         by_depth.setdefault(depth, choice)
     return [by_depth[depth] for depth in sorted(by_depth)]
+
+
+def _stages_frozen(choice: Any, stages: int) -> int:
+    return depth_of(Freeze.model_validate({"strategy": "freeze_depth", "depth": choice}), stages)
 
 
 def _axis(dist: BaseDistribution) -> Number:

@@ -1,7 +1,7 @@
 """A study's rows: the schemas of its tables, reading them, the leaderboard, and SQL.
 
 A study is a folder: job.json (the job, and the facts that it was resolved with), splits.parquet, and one folder of numbered
-Parquet parts for each of asks, epochs, extractions, predictions and trials. A part counts once its trials are there. Everything here may
+Parquet parts for each of asks, epochs, extractions, predictions, probes and trials. A part counts once its trials are there. Everything here may
 be called while the study is being written; a reader sees whole commits only.
 """
 
@@ -39,7 +39,7 @@ def _schema(columns: str) -> pa.Schema:
     """A schema from lines of a type and the columns that have it, in order."""
     lines = [line.split() for line in columns.strip().splitlines()]
     fields = [(name, _TYPES.get(kind) or pa.type_for_alias(kind)) for kind, *names in lines for name in names]
-    return pa.schema(fields, {VERSION: b"2"})
+    return pa.schema(fields, {VERSION: b"3"})
 
 
 SCHEMAS = {
@@ -60,7 +60,7 @@ SCHEMAS = {
         text    decision
     """),
     "extractions": _schema("""
-        text    cuts
+        text    cuts means
         int32   view
         int64   images bytes
         float64 seconds
@@ -71,6 +71,14 @@ SCHEMAS = {
         text    trial_id sample_id
         int32   label predicted
         floats  probabilities
+    """),
+    "probes": _schema("""
+        int32   cut stages
+        text    method
+        int32   features
+        int64   n_train n_val
+        float64 strength val_score val_nll val_accuracy val_balanced_accuracy val_macro_f1 seconds
+        text    reason
     """),
     "trials": _schema("""
         text    trial_id arm
@@ -116,7 +124,7 @@ SCHEMAS = {
 """Table -> its columns, the one place where they are defined."""
 
 RECORD = "trials"
-TABLES = ("asks", "epochs", "extractions", "predictions", RECORD)
+TABLES = ("asks", "epochs", "extractions", "predictions", "probes", RECORD)
 """The tables of a commit, in its order: the record is last."""
 
 STATUSES: tuple[str, ...] = ("complete", "pruned", "failed")
@@ -189,6 +197,11 @@ def read_extractions(study: str | Path) -> pa.Table:
     return _read(study, "extractions")
 
 
+def read_probes(study: str | Path) -> pa.Table:
+    """One row a head in closed form, of a cut and a method, from before the search."""
+    return _read(study, "probes")
+
+
 def write_splits(study: Path, splits: pa.Table) -> None:
     """Record which sample is in which split, and what was excluded for which reason."""
     schema = SCHEMAS["splits"]
@@ -244,7 +257,7 @@ def leaderboard(trials: pa.Table, mode: Mode) -> Leaderboard:
 
 
 def query(study: str | Path, sql: str) -> pa.Table:
-    """The answer to a DuckDB query over trials, epochs, extractions, predictions, asks and splits, all as of one commit.
+    """The answer to a DuckDB query over trials, epochs, extractions, predictions, probes, asks and splits, all as of one commit.
 
     The rows are verified before DuckDB sees them, and it sees nothing else: no files, no network. Raises QueryError.
     """
@@ -278,6 +291,7 @@ def to_json(study: str | Path) -> dict[str, Any]:
         "metric": objective["metric"],
         "mode": objective["mode"],
         "cost": _cost(trials, read_extractions(study)),
+        "probes": read_probes(study).to_pylist(),
         **asdict(leaderboard(trials, objective["mode"])),
     }
 
@@ -413,6 +427,7 @@ def _summary(found: Mapping[str, Any], study: Path) -> Iterable[str]:
     for kind, reasons in found["stopped"].items():
         if kind != "pruned":
             yield f"failed, {kind}: {sum(reasons.values())}, for example: {next(iter(reasons))}"
+    yield from _closed_form(found["probes"], found["mode"])
     cost = found["cost"]
     spent = f"device time: {_duration(cost['trials_s'] + cost['extractions_s'])}"
     if cost["images_extracted"]:
@@ -420,6 +435,17 @@ def _summary(found: Mapping[str, Any], study: Path) -> Iterable[str]:
     yield spent
     yield f"the trials one by one, nothing stored or shared: about {_duration(cost['alone_s'])}"
     yield f"study: {study}"
+
+
+def _closed_form(probes: Sequence[Mapping[str, Any]], mode: Mode) -> Iterable[str]:
+    """What the best head without training reached, and where; and at the last cut, if that is another."""
+    scored = _ranked([dict(row) for row in probes if row["val_score"] is not None], "val_score", mode)
+    if not scored:
+        return
+    best, last = scored[0], max(row["cut"] for row in scored)
+    said = [best, *[row for row in scored if row["cut"] == last != best["cut"]][:1]]
+    told = ", ".join(f"{row['val_score']:.4f} at cut {row['cut']} of {row['stages']} ({row['method']})" for row in said)
+    yield f"heads in closed form, on val: {told}; {_duration(math.fsum(row['seconds'] for row in probes))}"
 
 
 def _short(value: float | None) -> str:

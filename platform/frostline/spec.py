@@ -130,14 +130,8 @@ class Head(Frozen):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the last layer."""
     init: Literal["random", "zero", "probe"] = "random"
-    """Where the last layer starts: at random, at zero, or at the closed-form ridge solution on the pretrained
-    features of the train split (linear heads only)."""
-
-    @model_validator(mode="after")
-    def _a_probe_is_linear(self) -> Head:
-        if self.init == "probe" and self.hidden:
-            raise ValueError(f"init = 'probe' is for linear heads (hidden = 0), not hidden = {self.hidden}")
-        return self
+    """Where the last layer starts: at random, at zero, or at the closed-form ridge solution for the pretrained features
+    of the train split (of an MLP: for what its random hidden layer makes of them)."""
 
 
 class Train(Frozen):
@@ -400,6 +394,8 @@ class TrialSpec(Frozen):
     features: Features
     cached: bool = False
     """Whether activations at the trial's cut are read from the feature store, where they have been put before."""
+    start_stored: bool = False
+    """Whether the features that head.init = "probe" starts from are read from there."""
     objective: Objective
     resources: Resources
 

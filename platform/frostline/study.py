@@ -1,6 +1,7 @@
 """A study: what to run next, what to stop, and the rows. It has one owner and knows neither Ray nor Optuna.
 
-`ask` answers the next trial, `report` hears an epoch and answers whether to go on, `finish` takes a trial's outcome.
+`survey` and `probe` say what has to be done before the next trial, `ask` answers it, `report` hears an epoch and answers
+whether to go on, `finish` takes a trial's outcome.
 Rows are committed every 2 s or 256 rows. Opening a study again rebuilds it from what was committed: a trial that was
 asked for and has no row runs again, whole; with the same configuration if its ask was committed, which asks are with the
 next trial that ends.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -33,8 +34,9 @@ from frostline.costs import alone_seconds, times_of
 from frostline.extract import Supply, Survey
 from frostline.finalists import Finished, best_of, choose_finalists, remember
 from frostline.pack import take_pack
+from frostline.probes import Probe, best_probe
 from frostline.propose import Proposer, batch
-from frostline.spec import Config, Job, TrialSpec, configure, confirm_seeds, depth_of, search_seeds
+from frostline.spec import Config, Job, Mode, Round, Seeds, TrialSpec, configure, confirm_seeds, depth_of, search_seeds
 from frostline.store import Store
 from frostline.train import EpochRecord
 from frostline.trial import Outcome, lost
@@ -70,6 +72,9 @@ class Snapshot:
     confirmed_complete: int
     to_confirm: int
     best: Finished | None
+    extracted: int
+    """Images, of `to_extract` whose activations were not stored yet."""
+    to_extract: int
     elapsed_s: float
     left_s: float | None
     latest: Finished | None
@@ -79,7 +84,8 @@ class Study:
     """One search in one folder. Raises StudyBusy, StudyMismatchError or SpaceError when it cannot be opened."""
 
     def __init__(self, job: Job, facts: Mapping[str, Any], splits: pa.Table, *, who: Mapping[str, Any]) -> None:
-        self.job, self.folder, self.mode = job, job.folder, job.objective.mode or "max"
+        self.job, self.folder = job, job.folder
+        self.mode: Mode = job.objective.mode or "max"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lease = take_lease(self.folder, who)
         try:
@@ -92,11 +98,13 @@ class Study:
             }
             facts = record_job(self.folder, job, facts, splits)
             self.cached_cuts = frozenset(facts.get("cached_cuts", ()))
+            self.probed_cuts = tuple(facts.get("probed_cuts", ()))
             self.times = times_of(facts["stage_times"]) if facts.get("stage_times") else None
             self.finished: list[Finished] = []
             self.running: dict[str, Running] = {}
             self.waiting: list[Running] = []
             self.surveyed: set[str] = set()
+            self.to_extract = self.extracted_images = 0
             self.held = ExitStack()
             self.part = next_part(self.folder, results.RECORD)
             self.seq = 0
@@ -131,24 +139,38 @@ class Study:
         self.waiting = [each for each in self.waiting if each.spec.trial_id not in taken]
         return specs
 
-    def survey(self, specs: Sequence[TrialSpec], share: int = 1) -> Survey | None:
-        """What has to be asked of the feature store before the pack that `ask` answered can run: before the first search
-        trials, about all that may follow; before confirmations, about all that wait. None where nothing is stored, or
-        the question has been answered."""
-        asked = specs[0].round if specs else None
-        if asked is None or asked in self.surveyed or not self.cached_cuts:
+    def survey(self, share: int = 1) -> Survey | None:
+        """What has to be asked of the feature store before `ask`: before the search, about all that its trials may read;
+        before confirmations, about all of them. None where nothing is stored, or the question has been put."""
+        if not (self.cached_cuts or self.probed_cuts):
             return None
-        self.surveyed.add(asked)
-        if asked == "confirm":
-            return Survey((*specs, *(running.spec for running in self.waiting)), None, share)
-        return Survey(tuple(self._like(specs[0])), tuple(sorted(self.cached_cuts)), share)
+        if self.searching and "search" not in self.surveyed:
+            self.surveyed.add("search")
+            return Survey(tuple(self._sketches()), tuple(sorted(self.cached_cuts)), self.probed_cuts, share)
+        if not self.searching and not self.waiting and "confirm" not in self.surveyed:
+            self.waiting = self._next_confirms()
+            if self.waiting:
+                self.surveyed.add("confirm")
+                return Survey(tuple(running.spec for running in self.waiting), None, (), share)
+        return None
 
-    def _like(self, spec: TrialSpec) -> Iterator[TrialSpec]:
-        """The trial in each precision that an arm may draw: activations differ between these."""
-        entries = [arm.space.get("train.precision", self.job.train.precision) for arm in self.job.arms.values()]
+    def probe(self) -> Probe | None:
+        """What heads in closed form are to be fitted to before the first trial of the search; None where that was done.
+        The store must have been supplied."""
+        if not self.searching or not self.probed_cuts or self.probes:
+            return None
+        return Probe(next(self._sketches()), self.probed_cuts)
+
+    def _sketches(self) -> Iterator[TrialSpec]:
+        """What the trials of the search have in common, once for each precision that an arm may draw: activations differ
+        between these."""
+        job, (arm, *_) = self.job, self.job.arms
+        seed, seeds = search_seeds(job, arm, 0)
+        entries = [arm.space.get("train.precision", job.train.precision) for arm in job.arms.values()]
         for precision in sorted({str(each) for one in entries for each in (one if isinstance(one, tuple) else (one,))}):
-            train = spec.config.train.model_copy(update={"precision": precision})
-            yield spec.model_copy(update={"config": spec.config.model_copy(update={"train": train})})
+            train = job.train.model_copy(update={"precision": precision})
+            config = Config(freeze=job.freeze, head=job.head, train=train)
+            yield self._spec("sketch", arm, 0, "search", seed, seeds, config)
 
     def report(self, records: Mapping[str, EpochRecord]) -> dict[str, bool]:
         """Hear an epoch of running trials; for each, whether it should go on. All are heard before any is judged."""
@@ -171,13 +193,30 @@ class Study:
             answers[trial_id] = not stop
         return answers
 
-    def hold(self, supply: Supply) -> None:
+    def hold(self, root: str, keys: Collection[str]) -> None:
         """Keep what the trials read from being deleted for as long as the study is open."""
-        self.held.enter_context(Store(supply.root).hold(supply.keys))
+        self.held.enter_context(Store(root).hold(keys))
+
+    def supplied(self, supply: Supply) -> None:
+        """Take the answer to a survey."""
+        self.to_extract += sum(len(shard.samples) for shard in supply.shards)
 
     def extracted(self, row: Mapping[str, Any]) -> None:
         """Take the row of an extraction; it is committed with the next trial that ends."""
         self.pending["extractions"].append(dict(row))
+        self.extracted_images += row["images"]
+
+    def probed(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take what heads in closed form reached, committed likewise; arms that search the freeze depth begin where the best
+        one stands."""
+        self.pending["probes"] += map(dict, rows)
+        self._learn(rows)
+
+    def _learn(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.probes = list(rows)
+        if best := best_probe(rows, self.mode):
+            for proposer in self.proposers.values():
+                proposer.begin_at(best["cut"])
 
     def finish(self, outcomes: Mapping[str, Outcome]) -> None:
         """Take the outcomes of trials. Raises KeyError for a trial that is not running."""
@@ -253,6 +292,8 @@ class Study:
             confirmed_complete=sum(trial.status == "complete" for trial in confirmed),
             to_confirm=to_confirm,
             best=best_of(search, self.mode),
+            extracted=self.extracted_images,
+            to_extract=self.to_extract,
             elapsed_s=time.monotonic() - self.opened,
             left_s=self._seconds_left(to_confirm - len(confirmed)),
             latest=self.finished[-1] if self.finished else None,
@@ -329,16 +370,7 @@ class Study:
     def _search_spec(self, arm: str, number: int, values: Mapping[str, Any]) -> TrialSpec:
         seed, seeds = search_seeds(self.job, arm, number)
         config = configure(self.job, self.job.arms[arm], values)
-        return TrialSpec(
-            trial_id=f"{arm}-{number:05d}",
-            arm=arm,
-            number=number,
-            round="search",
-            seed=seed,
-            seeds=seeds,
-            config=config,
-            **self._shared(config),
-        )
+        return self._spec(f"{arm}-{number:05d}", arm, number, "search", seed, seeds, config)
 
     def _next_confirms(self) -> list[Running]:
         """All confirmations that have not begun; those of one seed could train together."""
@@ -353,28 +385,28 @@ class Study:
         seed, seeds = confirm_seeds(self.job, index)
         arm = self.job.arms[finalist.arm]
         config = configure(self.job, arm, self.proposers[finalist.arm].values(finalist.number))
+        return self._spec(trial_id, finalist.arm, finalist.number, "confirm", seed, seeds, config)
+
+    def _spec(
+        self, trial_id: str, arm: str, number: int, round_: Round, seed: int, seeds: Seeds, config: Config
+    ) -> TrialSpec:
         return TrialSpec(
             trial_id=trial_id,
-            arm=finalist.arm,
-            number=finalist.number,
-            round="confirm",
+            arm=arm,
+            number=number,
+            round=round_,
             seed=seed,
             seeds=seeds,
+            data=self.job.data,
+            backbone=self.job.backbone,
             config=config,
-            **self._shared(config),
+            augment=self.job.augment,
+            features=self.job.features,
+            cached=depth_of(config.freeze, self.stages) in self.cached_cuts,
+            start_stored=config.head.init == "probe" and bool(self.probed_cuts),
+            objective=self.job.objective,
+            resources=self.job.resources,
         )
-
-    def _shared(self, config: Config) -> dict[str, Any]:
-        job = self.job
-        return {
-            "data": job.data,
-            "backbone": job.backbone,
-            "augment": job.augment,
-            "features": job.features,
-            "cached": depth_of(config.freeze, self.stages) in self.cached_cuts,
-            "objective": job.objective,
-            "resources": job.resources,
-        }
 
     def _alone_s(self, row: Mapping[str, Any]) -> float | None:
         """What the trial would have taken by itself; null where its cut, its data or the cost of a stage is not known."""
@@ -422,6 +454,7 @@ class Study:
 
     def _restore(self) -> None:
         """Rebuild proposals, pruners and what is finished from the committed rows, in the order of the asks."""
+        self._learn(results.read_probes(self.folder).to_pylist())
         rows = results.read_trials(self.folder).to_pylist()
         epochs: dict[str, dict[int, float]] = {}
         last_seq = -1

@@ -92,8 +92,8 @@ def trial_steps(
     val = batches(dataset.indices("val"))
     row |= describe_data(dataset, train, val)
     if config.head.init == "probe":
-        pooled = predict(network.backbone, train, origin.autocast, epoch=1)
-        set_probe(network.head, torch.from_numpy(pooled), dataset.labels[train.samples])
+        start = feed.pretrained(origin, train.samples, spec.features if spec.start_stored else None)
+        set_probe(network.head, start, dataset.labels[train.samples])
     if applied.recalibrated:
         recalibrate(network, applied, train, spec.seeds.order)
     held = fixed_hash(network, applied)

@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,18 @@ from frostline.extract import Shard, Supply, Survey, extract, survey
 from frostline.features import Feed
 from frostline.pack import Finish, Report, run_pack
 from frostline.prepare import prepare
+from frostline.probes import Probe, probe
 from frostline.spec import Job, TrialSpec
 from frostline.study import Snapshot, Study
 from frostline.train import EpochRecord
 from frostline.trial import Outcome
 from frostline.world import World, gpus_of_a_trial, trials_at_once
 
-Work = Survey | Shard | list[TrialSpec]
+Work = Survey | Shard | Probe | list[TrialSpec]
 """What a Tune trial does; a list is a pack."""
 
 POLL_SECONDS = 0.5
-EXTRACTION_TRIES = 2  # of one shard whose worker dies
+TRIES = 2  # of one piece of work before the trials whose worker dies
 QUIET_LOGGERS = (
     "ray.tune",  # warns of result files that it was told not to write
     "ray._private.authentication.authentication_token_setup",  # says at each start that token authentication is on
@@ -63,8 +64,8 @@ class ClusterError(ConnectionError):
     """A Ray cluster that cannot be reached."""
 
 
-class ExtractionError(RuntimeError):
-    """Activations that the trials need, and on whose extraction workers die."""
+class PreparationError(RuntimeError):
+    """Work that trials wait for, and on which workers die."""
 
 
 class StudyActor:
@@ -77,10 +78,11 @@ class StudyActor:
         self.packs: dict[str, list[TrialSpec]] = {}  # that Tune trials run
         return self.study.snapshot()
 
-    def ask(self, share: int) -> tuple[list[TrialSpec], Survey | None, bool]:
-        """The next pack, if one can start now, what has to be in the store before it, and whether the study is done."""
-        self.share, specs = share, self.study.ask(share)
-        return specs, self.study.survey(specs, share), self.study.done
+    def ask(self, share: int) -> tuple[Work | None, bool]:
+        """The next piece of work, if one can start now, and whether the study is done."""
+        self.share = share
+        work = self.study.survey(share) or self.study.probe() or self.study.ask(share)
+        return work or None, self.study.done
 
     def assign(self, tune_id: str, work: Work) -> None:
         """Have the work of a Tune trial ready: Tune would keep several copies of it to the end."""
@@ -107,8 +109,14 @@ class StudyActor:
     def finish(self, outcomes: Mapping[str, Outcome]) -> None:
         self.study.finish(outcomes)
 
-    def hold(self, supply: Supply) -> None:
-        self.study.hold(supply)
+    def hold(self, root: str, keys: Collection[str]) -> None:
+        self.study.hold(root, keys)
+
+    def supplied(self, supply: Supply) -> None:
+        self.study.supplied(supply)
+
+    def probed(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.study.probed(rows)
 
     def extracted(self, row: Mapping[str, Any]) -> None:
         self.study.extracted(row)
@@ -133,8 +141,7 @@ class StudySearcher(Searcher):
     def __init__(self, study: Any, share: int) -> None:
         super().__init__()
         self.study, self.share = study, share
-        self.next: list[TrialSpec] = []
-        self.before: list[Survey | Shard] = []  # work without which `next` cannot start
+        self.before: list[Survey | Shard | Probe] = []  # without which nothing else can start
         self.running: dict[str, Work] = {}
         self.tries: Counter[int] = Counter()
         self.problem: Exception | None = None
@@ -142,18 +149,16 @@ class StudySearcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         if self.problem:
             return Searcher.FINISHED
-        if not self.next:
-            self.next, survey, done = ray.get(self.study.ask.remote(self.share))
-            if not self.next:
-                return Searcher.FINISHED if done else None
-            self.before = [survey] if survey else []
         if self.before:
-            self.running[trial_id] = self.before.pop()
+            work = self.before.pop()
         elif any(not isinstance(work, list) for work in self.running.values()):
             return None
         else:
-            self.running[trial_id], self.next = self.next, []
-        ray.get(self.study.assign.remote(trial_id, self.running[trial_id]))
+            work, done = ray.get(self.study.ask.remote(self.share))
+            if work is None:
+                return Searcher.FINISHED if done else None
+        self.running[trial_id] = work
+        ray.get(self.study.assign.remote(trial_id, work))
         return {"work": trial_id}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -164,10 +169,11 @@ class StudySearcher(Searcher):
             return
         if error:
             self.tries[id(work)] += 1
-            if self.tries[id(work)] < EXTRACTION_TRIES:
+            if self.tries[id(work)] < TRIES:
                 self.before.append(work)
             else:
-                self.problem = ExtractionError(f"extracting activations failed {EXTRACTION_TRIES} times: {reason}")
+                what = "fitting heads in closed form" if isinstance(work, Probe) else "extracting activations"
+                self.problem = PreparationError(f"{what} failed {TRIES} times: {reason}")
         else:
             assert result is not None
             self.problem = self.problem or result["problem"]
@@ -210,9 +216,11 @@ class TrialActor(tune.Trainable):
             world = World.here(work.resources)
             try:
                 if isinstance(work, Survey):
-                    supply = survey(work, world)
-                    ray.get(self.study.hold.remote(supply))
+                    supply = survey(work, world, lambda root, keys: ray.get(self.study.hold.remote(root, keys)))
+                    ray.get(self.study.supplied.remote(supply))
                     shards += supply.shards
+                elif isinstance(work, Probe):
+                    ray.get(self.study.probed.remote(probe(work, self.feed, world)))
                 else:
                     ray.get(self.study.extracted.remote(extract(work, self.feed, world)))
             except ValueError as error:

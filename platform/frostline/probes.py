@@ -1,0 +1,74 @@
+"""Heads in closed form on the pretrained features at every cut: before anything trains, a study learns what they are worth.
+
+Each cut's activations, averaged over positions, get a ridge regression and a linear discriminant analysis, fitted to the
+train split and scored on val. What does best says up to which stage the source's features serve the target; the search
+begins there, beside full fine-tuning and the linear probe.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.linalg import LinAlgError  # pyright: ignore[reportPrivateImportUsage] (documented)
+
+from frostline.closedform import lda, ridge
+from frostline.data import subset
+from frostline.features import Feed
+from frostline.metrics import scores
+from frostline.spec import Mode, Resources, TrialSpec
+from frostline.trial import origin_of
+from frostline.world import World
+
+METHODS = {"ridge": ridge, "lda": lda}
+IMAGES = 4096
+"""Of the train split at most: more change a head in closed form little, and its cost grows with them."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The question what heads in closed form reach at these cuts; their means are in the store."""
+
+    spec: TrialSpec
+    cuts: tuple[int, ...]
+
+    @property
+    def resources(self) -> Resources:
+        return self.spec.resources
+
+
+def probe(question: Probe, feed: Feed, world: World) -> list[dict[str, Any]]:
+    """Fit and score every head: rows of the `probes` table. A head that cannot be fitted has a reason and no scores."""
+    spec, origin = question.spec, origin_of(question.spec, world)
+    dataset, val = origin.dataset, origin.dataset.indices("val")
+    train = subset(dataset, spec.data.per_class, spec.seeds.subset)
+    if len(train) > IMAGES:  # a draw that the larger one holds
+        train = subset(dataset, max(1, IMAGES // len(dataset.classes)), spec.seeds.subset)
+    labels, truth, rows = torch.from_numpy(dataset.labels[train]).long(), dataset.labels[val], []
+    for cut in question.cuts:
+        features = feed.means(origin, cut, origin.view(1), train, spec.features)
+        shown = feed.means(origin, cut, None, val, spec.features)
+        for method, fit in METHODS.items():
+            started = time.perf_counter()
+            row: dict[str, Any] = {"cut": cut, "stages": len(origin.backbone.stages), "method": method}
+            row |= {"features": features.shape[1], "n_train": len(train), "n_val": len(val)}
+            try:
+                head = fit(features, labels, len(dataset.classes))
+                found = scores(head(shown).numpy(), truth)
+            except LinAlgError as error:
+                row["reason"] = str(error)[:500]
+            else:
+                row |= {f"val_{name}": value for name, value in found.items()}
+                row |= {"strength": head.strength, "val_score": found[spec.objective.metric]}
+            rows.append(row | {"seconds": time.perf_counter() - started})
+    return rows
+
+
+def best_probe(rows: Sequence[Mapping[str, Any]], mode: Mode) -> Mapping[str, Any] | None:
+    """The row with the best score; of equal ones that at the deepest cut, where training costs least."""
+    sign = 1 if mode == "max" else -1
+    scored = [row for row in rows if row.get("val_score") is not None]
+    return max(scored, key=lambda row: (sign * row["val_score"], row["cut"]), default=None)
