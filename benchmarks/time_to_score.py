@@ -1,39 +1,46 @@
 """Seconds until the best validation accuracy reaches a target, against Ray Tune with OptunaSearch and ASHA.
 
 Both search the same space (freeze depth x learning rate x head learning rate x head width) for scikit-learn's digits at
-64 px under EfficientNet-Lite0 (ImageNet weights), 16 train images a class, with the same number of trials at once, up to 3
+64 px under EfficientNet-Lite0 (ImageNet weights), 32 train images a class, with the same number of trials at once, up to 9
 epochs each, successive halving with the same rungs, TPE that draws its first 10 trials at random, and the same two
 configurations first. Theirs is Tune as documented, a function that reports after every epoch, and spares what an expert
 would spare: worker processes are reused, each loads data and backbone once, and what is frozen has no backward pass. It
 trains with Frostline's own live path (`run_trial` with nothing stored), so that an epoch is the same work on both sides.
+Ours does all that a search of Frostline does: it stores activations, tries heads in closed form at every cut and begins at
+the best of them, runs what trains least first, trains heads together, and starts every head at the closed form
+(`head.init = "probe"`; `--init random` takes that away, `--their-init probe` gives it to their side too).
 
-Seeds are paired: one seed gives both sides the same splits, and every trial that has the same number and configuration the
-same training. The target of a seed is the score that both sides reach, the lower of their best ones. A score counts on
-their side from the report of its epoch, on ours only from the end of its trial. The clock of both starts when Ray
-is up: starting its processes and importing PyTorch there counts on both sides, loading the data and starting Ray before
-that on neither; `with_start` is the ratio with those too. Warm are the decoded pixels and, on our side, the stage times,
-which are measured once per machine.
+Seeds are paired: one seed gives both sides the same splits. Their side goes first. Its best score is the target, and our
+search is stopped when it is there; where it never is, the target is our best. A score counts on their side from the report
+of its epoch, on ours only from the end of its trial. The clock of both starts when Ray is up: starting its processes and
+importing PyTorch there counts on both sides, loading the data and starting Ray before that on neither; `with_start` is the
+ratio with those too. Warm are the decoded pixels and, on our side, the stage times, which are measured once per machine.
 
 `ratio` is the median over the seeds of their time over ours, `low` to `high` its interval from order statistics, which
-covers with probability `coverage`. `equal_scores` says whether the two configurations that both sides run first score the
-same after an epoch, within IMAGES_TOLERANCE validation images.
+covers with probability `coverage`; `reached` counts the seeds in which we came to their best score. `equal_scores` says
+whether the trial with which ours was there scores the same, within IMAGES_TOLERANCE validation images, when their side's
+function runs it, alone and with nothing stored.
 
-    python benchmarks/time_to_score.py [--rounds 10] [--trials 24] [--quick]
+    python benchmarks/time_to_score.py [--rounds 10] [--trials 24] [--init probe] [--their-init random] [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
 import logging
 import math
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -56,16 +63,18 @@ LR, HEAD_LR = (1e-4, 1e-2), (1e-3, 3e-2)
 FIRST = 2  # configurations that both sides start with: our strong defaults
 IMAGES_TOLERANCE = 2
 COVERAGE = 0.95
+LOOK_S = 0.5
 
 
-def job_of(seed: int, trials: int, root: Path, *, toy: bool) -> Job:
-    data = {"path": "digits", "image_size": 64, "per_class": 16, "val": 0.12, "test": 0.2}
+def job_of(seed: int, trials: int, root: Path, *, init: str, toy: bool) -> Job:
+    data = {"path": "digits", "image_size": 64, "per_class": 32, "val": 0.12, "test": 0.2}
     raw = {
         "name": "time_to_score",
         "results": str(root / "study"),
         "seed": seed,
         "data": {**data, "image_size": 16} if toy else data,
-        "train": {"epochs": 3, "batch_size": 32},
+        "head": {"init": init},
+        "train": {"epochs": 3 if toy else 9, "batch_size": 32},
         "features": {"path": str(root / "features")},
         "search": {"trials": trials, "pruner": {"kind": "halving", "grace_epochs": 1, "factor": 3}},
         "confirm": {"seeds": 0},
@@ -107,21 +116,49 @@ def found(began: float, up: float, events: Sequence[tuple[float, float]], **more
 # --- ours ---
 
 
-def ours(job: Job) -> dict[str, Any]:
+def ours(job: Job, target: float) -> dict[str, Any]:
     began, up = time.time(), started()
-    folder = search(job)
-    trials, epochs = results.read_trials(folder).to_pylist(), results.read_epochs(folder).to_pylist()
-    events = [(row["finished_at"].timestamp(), row["best_epoch_score"]) for row in trials if row["epochs"]]
-    first = {row["trial_id"]: row["val_score"] for row in epochs if row["epoch"] == 1}
-    extracted = sum(results.read_extractions(folder)["images"].to_pylist())
+    threading.Thread(target=stop_at, args=(job.folder, target), daemon=True).start()
+    with contextlib.suppress(KeyboardInterrupt):
+        search(job)
+    trials = results.read_trials(job.folder).to_pylist()
+    trained = [row for row in trials if row["epochs"]]
+    there = [row for row in trained if row["best_epoch_score"] >= target]
+    first = min(there, key=itemgetter("finished_at")) if there else max(trained, key=itemgetter("best_epoch_score"))
+    extracted = sum(results.read_extractions(job.folder)["images"].to_pylist())
     return found(
         began,
         up[0],
-        events,
-        first=[first[f"{ARM}-{number:05d}"] for number in range(FIRST)],
+        [(row["finished_at"].timestamp(), row["best_epoch_score"]) for row in trained],
+        trials=len(trials),
+        again=[first["last_score"], alone(first)],
         images=extracted + sum(row["images_forward"] for row in trials),
         sizes={"train_images": trials[0]["n_train"], "val_images": trials[0]["n_val"]},
     )
+
+
+def stop_at(folder: Path, target: float) -> None:
+    """Interrupt this process, as Ctrl-C does, once the study has a trial that was at the target."""
+    while True:
+        time.sleep(LOOK_S)
+        with contextlib.suppress(results.NotAStudyError):
+            best = results.read_trials(folder)["best_epoch_score"].to_pylist()
+            if any(score is not None and score >= target for score in best):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+
+def alone(row: dict[str, Any]) -> float:
+    """The last score of a trial of ours, run for as many epochs, alone and with nothing stored."""
+    spec = TrialSpec.model_validate_json(row["spec"]).model_copy(update={"cached": False, "start_stored": False})
+    scores: list[float] = []
+
+    def report(record: EpochRecord) -> bool:
+        scores.append(record.val_score)
+        return record.epoch < row["epochs"]
+
+    run_trial(spec, feed=Feed(), world=World.here(spec.resources), report=report)
+    return scores[-1]
 
 
 # --- theirs ---
@@ -206,13 +243,11 @@ def theirs(job: Job, root: Path) -> dict[str, Any]:
     ).fit()
     assert not ended.errors, ended.errors
     ray.shutdown()
-    first = {report["number"]: report["score"] for report in reports if report["epoch"] == 1}
     images = prepared.n_train + len(prepared.dataset.indices("val"))
     return found(
         began,
         up[0],
         [(report["at"], report["score"]) for report in reports],
-        first=[first[number] for number in range(FIRST)],
         images=len(reports) * images,
     )
 
@@ -250,23 +285,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="seeds")
     parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--init", default="probe", help="head.init on our side")
+    parser.add_argument("--their-init", default="random", help="head.init on their side")
     parser.add_argument("--quick", action="store_true", help="a toy of it in less than a minute: 1 seed, 6 trials")
     parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--target", type=float, default=math.inf, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     rounds, trials = (1, 6) if arguments.quick else (arguments.rounds, arguments.trials)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        job = job_of(arguments.seed, trials, root, toy=arguments.quick)
+        init = arguments.their_init if arguments.side == "theirs" else arguments.init
+        job = job_of(arguments.seed, trials, root, init=init, toy=arguments.quick)
         if arguments.side:
-            print(json.dumps(ours(job) if arguments.side == "ours" else theirs(job, root)))
+            print(json.dumps(ours(job, arguments.target) if arguments.side == "ours" else theirs(job, root)))
             return
         prepared: Prepared = prepare(job)
         facts_of(prepared)
-    sides: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
+    sides: dict[str, list[dict[str, Any]]] = {"theirs": [], "ours": []}
 
     def searched(name: str) -> float:
-        options = ["--side", name, "--seed", str(len(sides[name])), "--trials", str(trials)]
+        seed = len(sides[name])
+        options = ["--side", name, "--seed", str(seed), "--trials", str(trials)]
+        options += ["--init", arguments.init, "--their-init", arguments.their_init]
+        if name == "ours":
+            options += ["--target", str(best(sides["theirs"][seed]))]
         *_, printed = tree_cpu_s([sys.executable, __file__, *options, *(["--quick"] if arguments.quick else [])])
         sides[name].append(printed)
         return best(printed)
@@ -294,14 +337,17 @@ def main() -> None:
             "rounds": rounds,
             "counts": {
                 "trials": trials,
+                "trials_ours": median(side["trials"] for side in sides["ours"]),
+                "reached": sum(best(one) >= best(other) for one, other in pairs),
                 **sizes,
                 **{f"images_{name}": median(side["images"] for side in each) for name, each in sides.items()},
             },
             "equal_scores": all(
                 abs(a - b) <= (IMAGES_TOLERANCE + 0.5) / sizes["val_images"]
-                for one, other in pairs
-                for a, b in zip(one["first"], other["first"], strict=True)
+                for a, b in (side["again"] for side in sides["ours"])
             ),
+            "init": arguments.init,
+            "their_init": arguments.their_init,
             "with_start": ratios(whole["ours"], whole["theirs"])["ratio"],
             "target": median(targets),
             **{f"{name}_s": median(each) for name, each in seconds.items()},

@@ -300,7 +300,7 @@ def test_heads_in_closed_form_come_once_a_study_and_say_where_its_arms_begin(stu
     assert question.cuts == (1, 2, 3)
     study.probed(rows)
     assert study.probe() is None
-    study.commit()
+    study.ledger.commit()
     assert results.read_probes(job.folder).num_rows == 0, "they are committed with the next trial"
     asked = [one(study.ask()) for _ in range(3)]
     assert sorted(spec.config.freeze.depth for spec in asked) == [0, 2, 3], "both ends, and where the best head stands"
@@ -378,7 +378,7 @@ def test_the_rows_of_extractions_are_committed_with_the_next_trial(study_folder:
     assert (study.snapshot().extracted, study.snapshot().to_extract) == (0, 7)
     study.extracted(row)
     assert study.snapshot().extracted == 7
-    study.commit()
+    study.ledger.commit()
     assert results.read_extractions(job.folder).num_rows == 0
     run_pack(study, study.ask())
     study.close()
@@ -508,7 +508,7 @@ def test_a_study_that_is_killed_anywhere_ends_with_every_row_once(study_folder: 
         for _ in range(kill_after % 4):
             if pack := study.ask():
                 run_pack(study, pack)
-                study.commit()
+                study.ledger.commit()
         if lost := study.ask():
             study.report({spec.trial_id: record(spec, 1) for spec in lost})
         seen = {row["trial_id"] for row in trials(job)}
@@ -530,7 +530,7 @@ def test_of_a_pack_that_is_killed_what_had_finished_is_kept_and_the_rest_runs_ag
     assert len(pack) == 9
     running = steps(study, pack)
     next(running)
-    study.commit()
+    study.ledger.commit()
     stopped = {row["trial_id"] for row in trials(job)}
     assert 0 < len(stopped) < 9, "halving has stopped some lanes after their first epoch"
     interrupt(study)
@@ -567,7 +567,7 @@ def test_kills_between_commits_change_no_row_of_a_sampler_that_does_not_look(
                 while len(flying) < at_once and (pack := study.ask(at_once)):
                     flying.append(steps(study, pack))
                 flying = [run for run in flying if next(run, "over") is None]
-                study.commit()
+                study.ledger.commit()
             interrupt(study)
         study = open_study(job, facts)
         run_all(study)
@@ -581,7 +581,7 @@ def test_what_was_asked_before_a_kill_is_run_with_the_same_configuration(study_f
     study = open_study(job)
     first, second, third = (study.ask() for _ in range(3))
     run_pack(study, second)
-    study.commit()
+    study.ledger.commit()
     interrupt(study)
     again = open_study(job)
     assert sorted(one(again.ask()).trial_id for _ in range(2)) == sorted(one(pack).trial_id for pack in (first, third))
@@ -704,32 +704,6 @@ def test_lanes_whose_worker_dies_are_tried_again_alone(study_folder: Path) -> No
     assert [rows[f"probe-{number:05d}"]["lanes"] for number in range(6)] == [1, 1, 1, 3, 3, 3]
 
 
-def test_rows_of_a_commit_that_failed_are_sent_again(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from frostline import study as module
-
-    real, broken = module.commit_part, ["before", "after"]
-
-    def commit_part(*arguments: Any) -> None:
-        """Fails once before it writes and once after it has committed."""
-        how = broken.pop() if broken else None
-        if how == "before":
-            raise OSError(28, "No space left on device")
-        real(*arguments)
-        if how == "after":
-            raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(module, "commit_part", commit_part)
-    job = toy_job(study_folder, ["search.trials=4", "confirm.seeds=0", "search.pruner.kind=none"])
-    study = open_study(job)
-    for _ in range(2):
-        run_pack(study, study.ask())
-        with pytest.raises(OSError, match="No space|Input/output"):
-            study.commit()
-    run_all(study)
-    study.close()
-    assert sorted(row["number"] for row in trials(job)) == [0, 1, 2, 3]
-
-
 def test_a_job_that_was_refused_leaves_no_mark(study_folder: Path) -> None:
     arms = {"freeze": {"strategy": "freeze_depth", "sampler": "grid", "space": {"freeze.depth": [0, 1]}}}
     with pytest.raises(ValueError, match="lower search.trials to 2"):
@@ -749,32 +723,6 @@ def test_a_finalist_that_a_longer_search_replaces_leaves_its_confirmations_behin
         study.close()
     assert finalists[0] != finalists[1]
     assert len(trials(toy_job(study_folder))) == 12 + 2 + 2
-
-
-def test_rows_are_committed_after_two_seconds_or_256_rows(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("frostline.study.time.monotonic", lambda: now[0])
-    job = toy_job(
-        study_folder, ["search.trials=600", "search.sampler=random", "search.pruner.kind=none", "train.epochs=1"]
-    )
-    study = open_study(job)
-
-    def finish(count: int) -> None:
-        for _ in range(count):
-            run_pack(study, study.ask())
-
-    finish(255)
-    assert not trials(job)
-    finish(1)
-    assert len(trials(job)) == 256
-    finish(1)
-    now[0] = 1.9
-    study.snapshot()
-    assert len(trials(job)) == 256
-    now[0] = 2.0
-    study.snapshot()
-    assert len(trials(job)) == 257
-    study.close()
 
 
 def finished(name: str, number: int, score: float | None, arm: str = "a") -> Finished:

@@ -16,12 +16,12 @@ from optuna.distributions import CategoricalDistribution
 
 from frostline.closedform import pooled_width
 from frostline.costs import Choice, StageTimes, choose_cuts, measure, resumable, trial_seconds
+from frostline.ledger import COMMIT_ROWS, COMMIT_SECONDS
 from frostline.pack import SUFFIXES
 from frostline.prepare import Prepared
 from frostline.propose import distributions
 from frostline.spec import Arm, Freeze, Job, Pruner, Range, Resources, depth_of
 from frostline.stages import StageCost
-from frostline.study import COMMIT_ROWS, COMMIT_SECONDS
 from frostline.world import gpus_of_a_trial, trials_at_once
 
 PART_BYTES = 42_000  # measured, as are the next: the Parquet files of a commit

@@ -368,7 +368,7 @@ def _fused_step(block: _Block, stack: _Stack, gradient: Tensor, rates: Sequence[
     number = torch.tensor(float(step))
     parts = zip(stack["value"], gradient, stack["first"], stack["second"], strict=True)
     for lane, rate, (value, slope, first, second) in zip(block.lanes.values(), rates, parts, strict=True):
-        torch._fused_adamw_(
+        torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage] (what torch.optim calls)
             *([value], [slope], [first], [second], [], [number]),
             lr=rate,
             beta1=BETA1,

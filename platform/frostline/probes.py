@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.linalg import LinAlgError  # pyright: ignore[reportPrivateImportUsage] (documented)
+from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue] (it is documented)
 
 from frostline.closedform import lda, ridge
 from frostline.data import subset

@@ -2,7 +2,7 @@
 
 `survey` and `probe` say what has to be done before the next trial, `ask` answers it, `report` hears an epoch and answers
 whether to go on, `finish` takes a trial's outcome.
-Rows are committed every 2 s or 256 rows. Opening a study again rebuilds it from what was committed: a trial that was
+Rows go into a ledger. Opening a study again rebuilds it from what was committed: a trial that was
 asked for and has no row runs again, whole; with the same configuration if its ask was committed, which asks are with the
 next trial that ends.
 """
@@ -23,16 +23,11 @@ import pyarrow as pa
 
 from frostline import results
 from frostline.claim import record_job, take_lease
-from frostline.commit import (
-    clean,
-    commit_part,
-    committed_parts,
-    next_part,
-    publish_folder,
-)
+from frostline.commit import clean, publish_folder
 from frostline.costs import alone_seconds, times_of
 from frostline.extract import Supply, Survey
 from frostline.finalists import Finished, best_of, choose_finalists, remember
+from frostline.ledger import Ledger
 from frostline.pack import take_pack
 from frostline.probes import Probe, best_probe
 from frostline.propose import Proposer, batch
@@ -40,9 +35,6 @@ from frostline.spec import Config, Job, Mode, Round, Seeds, TrialSpec, configure
 from frostline.store import Store
 from frostline.train import EpochRecord
 from frostline.trial import Outcome, lost
-
-COMMIT_ROWS = 256
-COMMIT_SECONDS = 2.0
 
 
 @dataclass
@@ -106,11 +98,9 @@ class Study:
             self.surveyed: set[str] = set()
             self.to_extract = self.extracted_images = 0
             self.held = ExitStack()
-            self.part = next_part(self.folder, results.RECORD)
+            self.ledger = Ledger(self.folder)
             self.seq = 0
-            self.pending = _no_rows()
-            self.sending: dict[str, list[dict[str, Any]]] | None = None
-            self.opened = self.committed = time.monotonic()
+            self.opened = time.monotonic()
             self._restore()
         except BaseException:
             self.lease.release()
@@ -203,13 +193,13 @@ class Study:
 
     def extracted(self, row: Mapping[str, Any]) -> None:
         """Take the row of an extraction; it is committed with the next trial that ends."""
-        self.pending["extractions"].append(dict(row))
+        self.ledger.add("extractions", [row])
         self.extracted_images += row["images"]
 
     def probed(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Take what heads in closed form reached, committed likewise; arms that search the freeze depth begin where the best
         one stands."""
-        self.pending["probes"] += map(dict, rows)
+        self.ledger.add("probes", rows)
         self._learn(rows)
 
     def _learn(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -222,7 +212,7 @@ class Study:
         """Take the outcomes of trials. Raises KeyError for a trial that is not running."""
         for trial_id, outcome in outcomes.items():
             self._finish(trial_id, outcome)
-        self.commit_if_due()
+        self.ledger.commit_if_due()
 
     def _finish(self, trial_id: str, outcome: Outcome) -> None:
         running = self.running[trial_id]
@@ -239,9 +229,9 @@ class Study:
             publish_folder(self.folder / "bundle", outcome.bundle)
         if running.spec.round == "search":
             self.proposers[row["arm"]].tell(row["number"], row["status"], row.get("val_score"))
-        self.pending["trials"].append(row)
-        self.pending["epochs"] += running.epoch_rows
-        self.pending["predictions"] += outcome.predictions
+        self.ledger.add("trials", [row])
+        self.ledger.add("epochs", running.epoch_rows)
+        self.ledger.add("predictions", outcome.predictions)
         del self.running[trial_id]
         self.finished.append(done)
 
@@ -275,7 +265,7 @@ class Study:
 
     def snapshot(self) -> Snapshot:
         """Where the study stands; commits what is due."""
-        self.commit_if_due()
+        self.ledger.commit_if_due()
         search = [trial for trial in self.finished if trial.round == "search"]
         confirmed = self._confirmed()
         to_confirm = len(self._confirmations())
@@ -299,39 +289,10 @@ class Study:
             latest=self.finished[-1] if self.finished else None,
         )
 
-    def commit_if_due(self) -> None:
-        """Commit finished trials if 2 s have passed since the last commit, or 256 rows wait."""
-        rows = len(self.pending["trials"]) + (len(self.sending["trials"]) if self.sending else 0)
-        if rows and (rows >= COMMIT_ROWS or time.monotonic() - self.committed >= COMMIT_SECONDS):
-            self.commit()
-
-    def commit(self) -> None:
-        """Commit finished trials, with the asks and epochs that belong to them, as one part.
-
-        Rows that a failed commit was sending are sent again, unless it had failed after they were in place.
-        """
-        if self.sending is None:
-            if not self.pending["trials"]:
-                return
-            self.sending, self.pending = self.pending, _no_rows()
-        elif self.part in committed_parts(self.folder, results.RECORD):
-            self._sent()
-            self.commit()
-            return
-        tables = {name: results.table_of(name, rows) for name, rows in self.sending.items() if rows}
-        commit_part(self.folder, tables, self.part)
-        self._sent()
-
-    def _sent(self) -> None:
-        self.part += 1
-        self.sending = None
-        self.committed = time.monotonic()
-
     def close(self) -> None:
         """Commit what is left and let the folder go."""
         try:
-            while self.sending or self.pending["trials"]:
-                self.commit()
+            self.ledger.close()
         finally:
             self.held.close()
             self.lease.release()
@@ -354,17 +315,16 @@ class Study:
         for number, values in enumerate(proposer.ask(size), first):
             running = Running(self._search_spec(name, number, values), ask_seq=self._next_seq())
             found.append(running)
-            self.pending["asks"].append(
-                {
-                    "seq": running.ask_seq,
-                    "trial_id": running.spec.trial_id,
-                    "arm": name,
-                    "number": number,
-                    "batch": first,
-                    "params": json.dumps(values),
-                    "asked_at": datetime.now(UTC),
-                }
-            )
+            ask = {
+                "seq": running.ask_seq,
+                "trial_id": running.spec.trial_id,
+                "arm": name,
+                "number": number,
+                "batch": first,
+                "params": json.dumps(values),
+                "asked_at": datetime.now(UTC),
+            }
+            self.ledger.add("asks", [ask])
         return sorted(found, key=lambda running: -depth_of(running.spec.config.freeze, self.stages))
 
     def _search_spec(self, arm: str, number: int, values: Mapping[str, Any]) -> TrialSpec:
@@ -494,7 +454,3 @@ def _epoch_row(trial_id: str, record: EpochRecord, seq: int, heard_seq: int, sto
         "images": record.images,
         "decision": "stop" if stop else "continue",
     }
-
-
-def _no_rows() -> dict[str, list[dict[str, Any]]]:
-    return {name: [] for name in results.TABLES}
