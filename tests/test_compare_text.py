@@ -50,6 +50,16 @@ def test_the_verdict_comes_first_and_100_columns_suffice(tmp_path: Path) -> None
     )
 
 
+def test_names_of_strategies_are_not_folded(tmp_path: Path) -> None:
+    text = shown(write_study(tmp_path / "s", {"discriminative": GOOD, "surgical": BAD}))
+    assert re.search(r"^discriminative 5 ", re.sub(" +", " ", text), re.MULTILINE)
+    assert "discriminative > surgical" in text
+    long = "a-very-long-name-of-an-arm-with-sixty-four-characters-in-it-0123"
+    lines = shown(write_study(tmp_path / "t", {long: GOOD, "surgical": [*BAD[:4], None]})).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "4 (1 failed)" in "\n".join(lines)
+
+
 def test_score_against_budget_importance_and_fronts(tmp_path: Path) -> None:
     lines = shown(write_study(tmp_path / "s", {"full": GOOD, "probe": BAD}, trials=20)).splitlines()
     at = lines.index("Expected best validation score of so many trials")

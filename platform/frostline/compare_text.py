@@ -248,7 +248,8 @@ def _claims(comparison: Comparison) -> Iterator[str]:
 
 
 def _table(grid: Grid) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    gap = 1 if len(grid.rows[0]) > 6 else 2
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
     for name in grid.rows[0]:
         left = grid.left(name)
         table.add_column(plain(name), justify="left" if left else "right", no_wrap=not left, overflow="fold")
