@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from _studies import write_study
 from frostline import results
 from frostline.cli import build_parser, main
 from frostline.store import Store, key_of
 from frostline.testing import TOY_BACKBONE, image_folder
 
-COMMANDS = ("search", "plan", "results", "features", "schema", "init")
+COMMANDS = ("search", "plan", "results", "compare", "features", "schema", "init")
 SMALL = ["search.trials=2", "train.epochs=2", "confirm.seeds=1", "data.image_size=16", "data.per_class=10"]
 TOY = [*SMALL, f"backbone.name={TOY_BACKBONE}", "backbone.weights=random"]
 
@@ -121,6 +122,63 @@ def test_a_job_without_arms_has_nothing_to_search(capsys: pytest.CaptureFixture[
 def test_results_of_what_is_no_study(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["results", "nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.fixture
+def compared() -> str:
+    scores = {"full": [0.90, 0.91, 0.93, 0.92, 0.90], "probe": [0.60, 0.62, 0.63, 0.60, 0.61]}
+    return str(write_study(Path("results/strategies"), scores))
+
+
+def test_compare_ends_with_a_verdict(capsys: pytest.CaptureFixture[str], compared: str) -> None:
+    assert main(["compare", compared]) == 0
+    assert shown(capsys)[1] == "full has the best mean test score. It is better than probe."
+
+
+def test_compare_as_json_and_markdown(capsys: pytest.CaptureFixture[str], compared: str) -> None:
+    assert main(["compare", compared, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tasks"][0]["pairs"][0]["verdict"] == "better"
+    assert found["tasks"][0]["studies"] == [compared]
+    assert main(["compare", compared, "--markdown"]) == 0
+    assert "**full has the best mean test score. It is better than probe.**" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        main(["compare", compared, "--json", "--markdown"])
+    assert left.value.code == 2
+
+
+def test_compare_without_confirmations_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    study = write_study(Path("results/quick"), {"full": [], "probe": []})
+    assert main(["compare", str(study)]) == 0
+    text = " ".join(shown(capsys))
+    assert "Nothing can be said of the arms" in text
+    assert 'confirm.finalists = "arms" and confirm.seeds = 5' in text
+
+
+def test_compare_refuses_what_cannot_be_compared(capsys: pytest.CaptureFixture[str], compared: str) -> None:
+    assert main(["compare", "results/strategeis"]) == 2
+    assert "Did you mean results/strategies?" in capsys.readouterr().err
+    assert main(["compare", compared, compared]) == 2
+    assert "name each study once" in capsys.readouterr().err
+    other = write_study(Path("results/loss"), {"full": [0.5, 0.6]}, metric="nll")
+    assert main(["compare", compared, str(other)]) == 2
+    assert "results/loss (nll)" in capsys.readouterr().err
+    job = Path(compared, "job.json")
+    job.write_text(job.read_text().replace('"linear_probe"', '"melt"'))
+    assert main(["compare", compared]) == 2
+    assert "results/strategies/job.json was not written by a search of this version" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        main(["compare"])
+    assert left.value.code == 2
+
+
+def test_compare_after_a_real_search(capsys: pytest.CaptureFixture[str], job: str) -> None:
+    assert main(["search", job, *TOY, "confirm.seeds=2", "--inline"]) == 0
+    capsys.readouterr()
+    assert main(["compare", "results/job"]) == 0
+    text = "\n".join(shown(capsys))
+    assert "there is nothing to compare it with" in text
+    assert "fewer than 5 seeds make wide intervals" in text
 
 
 def stored(backbone: str, cut: int, view: int | None, images: int, root: str = "results/features") -> str:

@@ -80,7 +80,9 @@ def test_there_are_three_jobs() -> None:
 
 
 def test_results_are_read_without_torch_ray_and_optuna() -> None:
-    script = "import sys, frostline, frostline.results, frostline.jobfile, frostline.reference\n"
+    script = (
+        "import sys, frostline, frostline.results, frostline.jobfile, frostline.reference, frostline.compare_text\n"
+    )
     script += "print([name for name in ('torch', 'ray', 'optuna', 'timm') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

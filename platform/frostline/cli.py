@@ -1,4 +1,4 @@
-"""The command line: `frostline search | plan | results | features | schema | init`."""
+"""The command line: `frostline search | plan | results | compare | features | schema | init`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -92,6 +93,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--json", action="store_true", help="the leaderboard as JSON")
 
+    compared = _command(commands, "compare", _compare, "compare the arms of studies: which is better, or that none is")
+    compared.add_argument(
+        "studies", nargs="+", metavar="study", help="a study's folder; of several, arms are matched by name"
+    )
+    how = compared.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="all of it as JSON, curves and seeds included")
+    how.add_argument("--markdown", action="store_true", help="the same tables as Markdown")
+
     stored = commands.add_parser(
         "features", help="list, verify or clean a feature store", description="List, verify or clean a feature store."
     )
@@ -153,6 +162,20 @@ def _results(arguments: argparse.Namespace) -> int:
         print(json.dumps(results.to_json(study), indent=2, allow_nan=False))
     else:
         results.render(study, _stdout())
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from frostline.compare import compare
+    from frostline.compare_text import markdown, render
+
+    found = compare(arguments.studies)
+    if arguments.json:
+        print(json.dumps(asdict(found), indent=2, allow_nan=False))
+    elif arguments.markdown:
+        print(markdown(found))
+    else:
+        render(found, _stdout())
     return 0
 
 

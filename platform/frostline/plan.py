@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Column, Table
-from rich.text import Text
 
 from frostline.backbone import stage_table
 from frostline.costs import Choice, StageTimes
@@ -21,6 +20,7 @@ from frostline.progress import Progress
 from frostline.propose import Proposer
 from frostline.spec import Arm, Job, Range
 from frostline.stages import StageCost
+from frostline.text import plain
 
 
 def render_plan(job: Job, console: Console) -> None:
@@ -45,11 +45,11 @@ def render_plan(job: Job, console: Console) -> None:
     )
     console.print(_stage_table(stages), "", _facts(_about(prepared, stages, sizes)), sep="\n")
     for name, arm in job.arms.items():
-        title = _text(f"arm {name}: {arm.strategy}, {proposers[name].kind} sampler, {share:,} trials")
+        title = plain(f"arm {name}: {arm.strategy}, {proposers[name].kind} sampler, {share:,} trials")
         console.print("", title, _facts(_space(job, arm, depths)), sep="\n")
     console.print()
     if not job.arms:
-        console.print(_text("There is nothing to search: add [arms.NAME] with a strategy and a space."))
+        console.print(plain("There is nothing to search: add [arms.NAME] with a strategy and a space."))
         return
     times = stage_times(prepared)
     choices = cut_choices(prepared, times)
@@ -75,7 +75,7 @@ def _stage_table(stages: Sequence[StageCost]) -> Table:
         parameters = f"{stage.parameters:,}", f"{stage.parameter_share:.1%}", f"{frozen:.1%}"
         flops = f"{stage.flops / 1e6:,.1f}", f"{stage.flop_share:.1%}"
         kept = "-" if stage.cut_bytes is None else f"{stage.cut_bytes / 1024:,.1f}"
-        table.add_row(str(depth), _text(stage.name), *parameters, *flops, kept)
+        table.add_row(str(depth), plain(stage.name), *parameters, *flops, kept)
     return table
 
 
@@ -159,10 +159,5 @@ def _grounds(job: Job, times: StageTimes, found: Estimate, slots: int) -> Iterat
 def _facts(lines: Iterable[tuple[str, str]]) -> Table:
     table = Table.grid(Column(overflow="fold"), Column(overflow="fold"), padding=(0, 2, 0, 0))
     for name, text in lines:
-        table.add_row(_text(name), _text(text))
+        table.add_row(plain(name), plain(text))
     return table
-
-
-def _text(value: str) -> Text:
-    """Text that neither markup nor terminal control codes can come out of."""
-    return Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in value))

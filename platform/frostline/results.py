@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 from rich.console import Console
-from rich.segment import Segment, Segments
 from rich.table import Table
-from rich.text import Text
 
 from frostline.commit import VERSION, DamagedFile, committed_parts, load_table, local_folder, read_table, write_table
 from frostline.spec import Mode
+from frostline.text import count, duration, plain, print_whole, short
 
 _TYPES = {
     "text": pa.string(),
@@ -187,6 +186,13 @@ def read_predictions(study: str | Path) -> pa.Table:
     return _read(study, "predictions")
 
 
+def prediction_parts(study: str | Path) -> Iterator[pa.Table]:
+    """The predictions, a commit at a time: of large test sets with many classes, all do not fit in memory."""
+    folder = _folder(study)
+    for part in committed_parts(folder, RECORD):
+        yield read_table(folder, "predictions", RECORD, SCHEMAS["predictions"], [part])
+
+
 def read_asks(study: str | Path) -> pa.Table:
     """One row a proposal of a sampler, also of trials that never finished."""
     return _read(study, "asks")
@@ -310,15 +316,15 @@ def render(study: str | Path, console: Console, rows: int = 20) -> None:
             align, fold = ("left" if name in left else "right"), name in ("arm", "trial")
             table.add_column(name, justify=align, no_wrap=not fold, overflow="fold", min_width=5 if fold else None)
         for line in lines:
-            table.add_row(*(_plain(value) for name, value in line.items() if name not in hidden))
-        _print_whole(table, console)  # squeezed, a number reads as another number
+            table.add_row(*(plain(value) for name, value in line.items() if name not in hidden))
+        print_whole(table, console)  # squeezed, a number reads as another number
     if len(found["trials"]) > rows:
-        console.print(_plain(f"… and {len(found['trials']) - rows} more complete trials"))
+        console.print(plain(f"… and {len(found['trials']) - rows} more complete trials"))
     console.print()
     for line in _summary(found, Path(study)):
-        console.print(_plain(line), soft_wrap=True)
+        console.print(plain(line), soft_wrap=True)
     if found["finalists"]:
-        console.print(_plain(f"val, test: {metric}, mean±sd over (n) fresh seeds; finalists are ranked by val"))
+        console.print(plain(f"val, test: {metric}, mean±sd over (n) fresh seeds; finalists are ranked by val"))
 
 
 def render_table(table: pa.Table, console: Console) -> None:
@@ -326,10 +332,10 @@ def render_table(table: pa.Table, console: Console) -> None:
     shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for field in table.schema:
         numeric = pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_decimal(field.type)
-        shown.add_column(_plain(field.name), justify="right" if numeric else "left", overflow="fold")
+        shown.add_column(plain(field.name), justify="right" if numeric else "left", overflow="fold")
     for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
-        shown.add_row(*(_plain(f"{value:.6g}" if isinstance(value, float) else value) for value in row))
-    console.print(shown) if console.is_terminal else _print_whole(shown, console)
+        shown.add_row(*(plain(f"{value:.6g}" if isinstance(value, float) else value) for value in row))
+    console.print(shown) if console.is_terminal else print_whole(shown, console)
     console.print(f"{table.num_rows} row{'s' * (table.num_rows != 1)}")
 
 
@@ -406,13 +412,13 @@ def _line(rank: int, row: Mapping[str, Any], status: str) -> dict[str, str]:
         "depth": "" if depth is None else f"{depth}/{stages}",
         "norm": (row["norm"] or "").removesuffix("ibrate"),
         "head": "" if hidden is None else f"mlp{hidden}" if hidden else "linear",
-        "lr": _short(row["lr"]),
-        "head\nlr": _short(row["head_lr"]),
+        "lr": short(row["lr"]),
+        "head\nlr": short(row["head_lr"]),
         "val": "" if (val := row.get("val_score", row.get("val_mean"))) is None else f"{val:.4f}",
         "test": f"{test} ({row['n']})" if status == "finalist" else "",
         "ep": "" if row["epochs"] is None else f"{row['epochs']:.0f}",
         "s": "" if row["seconds"] is None else f"{row['seconds']:.0f}",
-        "train\nable": _count(row["trainable_params"]),
+        "train\nable": count(row["trainable_params"]),
     }
 
 
@@ -429,11 +435,11 @@ def _summary(found: Mapping[str, Any], study: Path) -> Iterable[str]:
             yield f"failed, {kind}: {sum(reasons.values())}, for example: {next(iter(reasons))}"
     yield from _closed_form(found["probes"], found["mode"])
     cost = found["cost"]
-    spent = f"device time: {_duration(cost['trials_s'] + cost['extractions_s'])}"
+    spent = f"device time: {duration(cost['trials_s'] + cost['extractions_s'])}"
     if cost["images_extracted"]:
-        spent += f", of which {_duration(cost['extractions_s'])} for {cost['images_extracted']:,} images through frozen stages"
+        spent += f", of which {duration(cost['extractions_s'])} for {cost['images_extracted']:,} images through frozen stages"
     yield spent
-    yield f"the trials one by one, nothing stored or shared: about {_duration(cost['alone_s'])}"
+    yield f"the trials one by one, nothing stored or shared: about {duration(cost['alone_s'])}"
     yield f"study: {study}"
 
 
@@ -445,38 +451,4 @@ def _closed_form(probes: Sequence[Mapping[str, Any]], mode: Mode) -> Iterable[st
     best, last = scored[0], max(row["cut"] for row in scored)
     said = [best, *[row for row in scored if row["cut"] == last != best["cut"]][:1]]
     told = ", ".join(f"{row['val_score']:.4f} at cut {row['cut']} of {row['stages']} ({row['method']})" for row in said)
-    yield f"heads in closed form, on val: {told}; {_duration(math.fsum(row['seconds'] for row in probes))}"
-
-
-def _short(value: float | None) -> str:
-    """`3e-4`, `3.2e-4`."""
-    if value is None:
-        return ""
-    mantissa, _, exponent = f"{value:.1e}".partition("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-
-
-def _count(value: int | None) -> str:
-    """`5210`, `12.8k`, `3.4M`, `340M`."""
-    if value is None or value < 10_000:
-        return "" if value is None else str(value)
-    scaled, unit = (value / 1e6, "M") if value >= 1e6 else (value / 1e3, "k")
-    return f"{scaled:.{int(scaled < 100)}f}{unit}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
-def _plain(value: Any) -> Text:
-    """A value as text that neither markup nor terminal control codes can come out of."""
-    text = "" if value is None else str(value)
-    return Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text))
-
-
-def _print_whole(table: Table, console: Console) -> None:
-    """Print a table in at least 100 columns, however narrow the console is (80, where a pipe has no width)."""
-    lines = console.render_lines(table, console.options.update_width(max(console.width, 100)), pad=False)
-    console.print(Segments([part for line in lines for part in (*line, Segment.line())]), crop=False, end="")
+    yield f"heads in closed form, on val: {told}; {duration(math.fsum(row['seconds'] for row in probes))}"

@@ -1,0 +1,292 @@
+"""A comparison as text: for a terminal, or as Markdown. The verdict comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.padding import Padding
+from rich.table import Table
+
+from frostline.across import Across
+from frostline.arms import ArmResult
+from frostline.compare import COSTS, Comparison, Task
+from frostline.stats import BINS, REPLICATES, Interval
+from frostline.text import count, plain, print_whole, short
+
+SIGNS = {"better": ">", "better here": "≥", "not distinguishable": "≈", "not compared": "?"}
+"""Between the names of two arms."""
+BUDGETS = 8
+"""Columns of the table of score against budget, at most."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table with lines below it. Numbers stand to the right, names (the first column) and prose (the last) to the left."""
+
+    title: str
+    rows: Sequence[Mapping[str, str]]
+    """Heading -> text, the same headings in all."""
+    below: Sequence[str] = ()
+    prose: bool = False
+    """Whether the last column is prose, which is folded."""
+
+    def left(self, name: str) -> bool:
+        """Whether the column stands to the left."""
+        first, *others = self.rows[0]
+        return name == first or (self.prose and name == others[-1])
+
+
+def render(comparison: Comparison, console: Console) -> None:
+    """Print it; 100 columns suffice."""
+    for title, verdict, remarks, grids in _chapters(comparison):
+        print_whole(plain(title, "bold"), console)
+        print_whole(plain(verdict), console)
+        for remark in remarks:
+            print_whole(Padding(plain(remark), (0, 0, 0, 2)), console)
+        for grid in grids:
+            console.print()
+            print_whole(plain(grid.title, "bold"), console)
+            print_whole(_table(grid), console)
+            for line in grid.below:
+                print_whole(plain(line), console)
+        console.print()
+    for line in _claims(comparison):
+        print_whole(plain(line), console)
+
+
+def markdown(comparison: Comparison) -> str:
+    """It as Markdown, for a README or a pull request."""
+    lines: list[str] = []
+    for title, verdict, remarks, grids in _chapters(comparison):
+        lines += [f"## {_escaped(title)}", "", f"**{_escaped(verdict)}**", *_bullets(remarks), ""]
+        for grid in grids:
+            names = list(grid.rows[0])
+            rule = " | ".join("---" if grid.left(name) else "---:" for name in names)
+            head, *body = (
+                f"| {' | '.join(map(_escaped, row))} |" for row in (names, *(row.values() for row in grid.rows))
+            )
+            lines += [f"### {_escaped(grid.title)}", "", head, f"| {rule} |", *body, *_bullets(grid.below), ""]
+    return "\n".join([*lines, *_bullets(list(_claims(comparison)))[1:]])
+
+
+def _bullets(lines: Sequence[str]) -> list[str]:
+    return ["", *(f"- {_escaped(line)}" for line in lines)] if lines else []
+
+
+def _chapters(comparison: Comparison) -> Iterator[tuple[str, str, Sequence[str], Sequence[Grid]]]:
+    """Title, verdict, remarks and tables: of all tasks together, then of each."""
+    found, notes = comparison.across, comparison.notes
+    if found:
+        yield f"{found.tasks} tasks", found.verdict, notes, [_ranks(found)]
+    for task in comparison.tasks:
+        remarks = [*task.notes, *(() if found else notes)]
+        yield _title(task, comparison.metric), task.verdict, remarks, list(_grids(task, comparison.metric))
+
+
+def _title(task: Task, metric: str) -> str:
+    sizes = f": {metric} on {task.n_test:,} test samples" if task.n_test else f": {metric}"
+    if task.n_train and task.pool:
+        sizes += f", {task.n_train:,} of {task.pool:,} train samples"
+    return f"{task.name}{sizes}"
+
+
+def _ranks(across: Across) -> Grid:
+    rows = [
+        {
+            "arm": row["label"],
+            "mean rank": f"{row['mean_rank']:.2f}",
+            "iqm, 95 % interval": f"{row['iqm']:.3f} [{row['iqm_low']:.3f}, {row['iqm_high']:.3f}]",
+        }
+        for row in across.arms
+    ]
+    below = [
+        f"iqm: mean of the middle half of {across.tasks} x {across.seeds} scores, bootstrapped over seeds within tasks"
+    ]
+    if across.friedman:
+        chi_square, p, distance = (across.friedman[key] for key in ("chi_square", "p", "critical_difference"))
+        apart = f"mean ranks more than {distance:.2f} apart differ (Nemenyi, 5 %)"
+        below.append(f"Friedman chi-square {chi_square:.2f}, p {_p(p)}; {apart}")
+    told = ", ".join(f"{pair['a']} / {pair['b']} {_p(pair['p_holm'])}" for pair in across.pairs)
+    return Grid("Over tasks", rows, [*below, f"Wilcoxon signed ranks over tasks, Holm's p: {told}"])
+
+
+def _grids(task: Task, metric: str) -> Iterator[Grid]:
+    confirmed = [arm for arm in task.arms if arm.confirmations]
+    if confirmed:
+        yield Grid("Arms, on test", [_arm(arm, metric) for arm in confirmed])
+    if task.pairs:
+        yield _pairs(task)
+    configs = [_config(arm) for arm in task.arms if arm.finalist]
+    if configs:
+        yield Grid("Best configurations, by validation", configs, prose=True)
+    curves = [arm for arm in task.arms if arm.search.curve]
+    if curves:
+        yield _budgets(curves)
+    title = "What decided whether a trial was among the best of its arm (PED-ANOVA)"
+    yield Grid(title, [{"arm": arm.label, "importance": _importance(arm)} for arm in task.arms], prose=True)
+    if len(confirmed) > 1:
+        yield _fronts(task, confirmed)
+
+
+def _arm(arm: ArmResult, metric: str) -> dict[str, str]:
+    found = arm.finalist
+    assert found
+    return {
+        "arm": arm.label,
+        "seeds": str(found.test.n) + (f" ({found.failed} failed)" if found.failed else ""),
+        f"{metric}, 95 % interval": _interval(found.test),
+        **({} if metric == "accuracy" else {"accuracy": _mean(found.accuracy)}),
+        **({} if metric == "nll" else {"nll": _mean(found.nll)}),
+        "ece": _mean(found.calibration_error),
+        "alone s": _seconds(found.alone_s),
+        "spent s": _seconds(found.spent_s),
+        "peak MiB": "" if found.peak_mib is None else f"{found.peak_mib:,.0f}",
+        "trainable": count(found.trainable_params),
+        "stored": "" if found.stored_bytes is None else decimal(found.stored_bytes),
+    }
+
+
+def _pairs(task: Task) -> Grid:
+    rows = [
+        {
+            "pair": f"{pair.a} {SIGNS[pair.verdict]} {pair.b}",
+            "seeds": str(pair.difference.n),
+            "difference, 95 % interval": _interval(pair.difference, "+"),
+            **({"other pools": _range(pair.other_pools, "+")} if task.overlap < 1 else {}),
+            "Holm p": _p(pair.p_holm),
+            "P(A > B)": "" if pair.superiority is None else f"{pair.superiority:.2f}",
+            "McNemar p": _p(pair.mcnemar_holm),
+        }
+        for pair in task.pairs
+    ]
+    told = [
+        f"{pair.a} {SIGNS[pair.verdict]} {pair.b}: {pair.reason}"
+        for pair in task.pairs
+        if pair.reason and pair.verdict != "better here"
+    ]
+    meaning = {
+        "better": "> better",
+        "better here": "≥ better on these test samples, others may not show it",
+        "not distinguishable": "≈ not distinguishable",
+        "not compared": "? not compared",
+    }
+    used = [text for verdict, text in meaning.items() if any(pair.verdict == verdict for pair in task.pairs)]
+    return Grid("Pairs, by seed", rows, [*told, ", ".join(used)])
+
+
+def _config(arm: ArmResult) -> dict[str, str]:
+    found = arm.finalist
+    assert found
+    values = ", ".join(f"{key} {_value(value)}" for key, value in found.config.items()) or "nothing is searched"
+    edges = [
+        f". {edge['key']} is at the {'lower' if edge['end'] == 'low' else 'upper'} end of its range, "
+        f"{_value(edge['low'])} to {_value(edge['high'])}: widen it"
+        for edge in found.edges
+    ]
+    val = "" if found.val_score is None else f"{found.val_score:.4f}"
+    return {"arm": arm.label, "val": val, "trial and values": f"{found.trial_id}: {values}{''.join(edges)}"}
+
+
+def _budgets(arms: Sequence[ArmResult]) -> Grid:
+    """The expected best validation score of 1, 2, 4 … trials."""
+    curves = {arm.label: {point["trials"]: point["score"] for point in arm.search.curve} for arm in arms}
+    most = max(max(curve) for curve in curves.values())
+    budgets = [2**power for power in range(int(most).bit_length())][-BUDGETS:]
+    rows = []
+    for arm in arms:
+        scores = {str(n): f"{curves[arm.label][n]:.3f}" if n in curves[arm.label] else "" for n in budgets}
+        costs = {"s a trial": _seconds(arm.search.curve[0].get("alone_s"))}
+        rows.append(
+            {"arm": arm.label, **scores, **costs, **{status: str(n) for status, n in arm.search.counts.items()}}
+        )
+    below = ["pruned trials count at their last epoch's score, failed ones at the worst score of the study"]
+    return Grid("Expected best validation score of so many trials", rows, below)
+
+
+def _importance(arm: ArmResult) -> str:
+    shares = arm.search.importance
+    if shares is None:
+        return arm.search.no_importance or ""
+    return ", ".join(f"{key} {share:.0%}" for key, share in shares.items())
+
+
+def _fronts(task: Task, arms: Sequence[ArmResult]) -> Grid:
+    names = dict(zip(COSTS, ("alone s", "peak MiB", "trainable", "stored"), strict=True))
+    cells = {
+        (cost, point["label"]): f"{'yes' if point['non_dominated'] else 'no'} ({point['share']:.0%})"
+        for cost in COSTS
+        for point in task.fronts[cost]
+    }
+    rows = [
+        {"arm": arm.label, **{name: cells.get((cost, arm.label), "") for cost, name in names.items()}} for arm in arms
+    ]
+    title = f"On the front of test score against cost (in so many of {REPLICATES:,} bootstrap replicates over seeds)"
+    return Grid(title, rows)
+
+
+def _claims(comparison: Comparison) -> Iterator[str]:
+    """What the numbers stand on."""
+    if not any(arm.confirmations for task in comparison.tasks for arm in task.arms):
+        return
+    yield (
+        "Intervals are of means over fresh seeds, for this train pool and these test samples; p is of a paired t-test, adjusted "
+        "for all pairs (Holm), intervals are not adjusted."
+    )
+    if any(task.overlap < 1 for task in comparison.tasks):
+        shares = ", ".join(f"{task.overlap:.0%}" for task in comparison.tasks if task.overlap < 1)
+        yield f"other pools: the interval if the pool were drawn anew, too; train subsets of two seeds share {shares} (Nadeau and Bengio 2003)."
+    if any(task.overlap >= 1 and task.pairs for task in comparison.tasks):
+        yield "Where each seed trains on the whole pool, nothing is said of other pools."
+    yield (
+        f"ece: calibration error of the top label, {BINS} bins of equally many samples. alone s: device time of a confirmation by itself, "
+        "spent s: what it took here. peak MiB: on a CPU, of the whole process. stored: 4 bytes a trainable parameter."
+    )
+
+
+def _table(grid: Grid) -> Table:
+    gap = 1 if len(grid.rows[0]) > 6 else 2
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
+    for name in grid.rows[0]:
+        left = grid.left(name)
+        table.add_column(plain(name), justify="left" if left else "right", no_wrap=not left, overflow="fold")
+    for row in grid.rows:
+        table.add_row(*map(plain, row.values()))
+    return table
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    kept = plain(text).plain
+    return "".join(f"\\{char}" if char in r"\`*_{}[]<>#|!~" else char for char in kept)
+
+
+def _interval(found: Interval, sign: str = "") -> str:
+    mean = "" if found.mean is None else f"{found.mean:{sign}.3f}"
+    return f"{mean} {_range(found, sign)}".rstrip()
+
+
+def _range(found: Interval, sign: str = "") -> str:
+    return "" if found.low is None else f"[{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+
+
+def _mean(found: Interval) -> str:
+    return "" if found.mean is None else f"{found.mean:.3f}"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def _value(value: Any) -> str:
+    """A searched value: `8.1e-2`, `0.75`, `64`, `batch`."""
+    if not isinstance(value, float):
+        return str(value)
+    return short(value) if 0 < abs(value) < 0.1 else f"{value:.3g}"

@@ -1,0 +1,44 @@
+"""Numbers, names and tables as text for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.segment import Segment, Segments
+from rich.text import Text
+
+
+def short(value: float | None) -> str:
+    """`3e-4`, `3.2e-4`."""
+    if value is None:
+        return ""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def count(value: int | None) -> str:
+    """`5210`, `12.8k`, `3.4M`, `340M`."""
+    if value is None or value < 10_000:
+        return "" if value is None else str(value)
+    scaled, unit = (value / 1e6, "M") if value >= 1e6 else (value / 1e3, "k")
+    return f"{scaled:.{int(scaled < 100)}f}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """`2 h 3 min`, `3 min 42 s`, `4.2 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def plain(value: Any, style: str = "") -> Text:
+    """A value as text that neither markup nor terminal control codes can come out of."""
+    text = "" if value is None else str(value)
+    return Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text), style)
+
+
+def print_whole(renderable: RenderableType, console: Console) -> None:
+    """Print a table or text in at least 100 columns, however narrow the console is (80, where a pipe has no width)."""
+    lines = console.render_lines(renderable, console.options.update_width(max(console.width, 100)), pad=False)
+    console.print(Segments([part for line in lines for part in (*line, Segment.line())]), crop=False, end="")
