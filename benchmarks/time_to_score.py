@@ -1,18 +1,18 @@
 """Seconds until the best validation accuracy reaches a target, against Ray Tune with OptunaSearch and ASHA.
 
-Both search the same space (freeze depth x learning rate x head learning rate x head width) for scikit-learn's digits at
-64 px under EfficientNet-Lite0 (ImageNet weights), 32 train images a class, with the same number of trials at once, up to 9
+Both search the same space (freeze depth x where the head stands x learning rate x head learning rate x head width) for
+scikit-learn's digits at 64 px under EfficientNet-Lite0 (ImageNet weights), 64 train images a class, with the same number of trials at once, up to 9
 epochs each, successive halving with the same rungs, TPE that draws its first 10 trials at random, and the same two
 configurations first. Theirs is Tune as documented, a function that reports after every epoch, and spares what an expert
 would spare: worker processes are reused, each loads data and backbone once, and what is frozen has no backward pass. It
 trains with Frostline's own live path (`run_trial` with nothing stored), so that an epoch is the same work on both sides.
 Ours does all that a search of Frostline does: it stores activations, tries heads in closed form at every cut and begins at
-the best of them, runs what trains least first, trains heads together, and starts every head at the closed form
-(`head.init = "probe"`; `--init random` takes that away, `--their-init probe` gives it to their side too).
+the best of them, trains heads together, and starts every head at the closed form (`head.init = "probe"`; `--init random`
+takes that away, `--their-init probe` gives it to their side too).
 
 Seeds are paired: one seed gives both sides the same splits. Their side goes first. Its best score is the target, and our
-search is stopped when it is there; where it never is, the target is our best. A score counts on their side from the report
-of its epoch, on ours only from the end of its trial. The clock of both starts when Ray is up: starting its processes and
+search is stopped when a trial that was there has ended; where none is, the target is our best. A score counts from the end
+of its epoch: on their side from its report, on ours from the end of its trial less what its later epochs took. The clock of both starts when Ray is up: starting its processes and
 importing PyTorch there counts on both sides, loading the data and starting Ray before that on neither; `with_start` is the
 ratio with those too. Warm are the decoded pixels and, on our side, the stage times, which are measured once per machine.
 
@@ -59,7 +59,7 @@ from frostline.trial import run_trial
 from frostline.world import World
 
 ARM, HIDDEN = "freeze", (0, 128)
-LR, HEAD_LR = (1e-4, 1e-2), (1e-3, 3e-2)
+LR, HEAD_LR = (1e-5, 1e-2), (1e-3, 3e-2)
 FIRST = 2  # configurations that both sides start with: our strong defaults
 IMAGES_TOLERANCE = 2
 COVERAGE = 0.95
@@ -67,14 +67,14 @@ LOOK_S = 0.5
 
 
 def job_of(seed: int, trials: int, root: Path, *, init: str, toy: bool) -> Job:
-    data = {"path": "digits", "image_size": 64, "per_class": 32, "val": 0.12, "test": 0.2}
+    data = {"path": "digits", "image_size": 64, "per_class": 64, "val": 0.12, "test": 0.2}
     raw = {
         "name": "time_to_score",
         "results": str(root / "study"),
         "seed": seed,
         "data": {**data, "image_size": 16} if toy else data,
         "head": {"init": init},
-        "train": {"epochs": 3 if toy else 9, "batch_size": 32},
+        "train": {"epochs": 3 if toy else 9, "batch_size": 32, "lr": 1e-4},
         "features": {"path": str(root / "features")},
         "search": {"trials": trials, "pruner": {"kind": "halving", "grace_epochs": 1, "factor": 3}},
         "confirm": {"seeds": 0},
@@ -83,6 +83,7 @@ def job_of(seed: int, trials: int, root: Path, *, init: str, toy: bool) -> Job:
                 "strategy": "freeze_depth",
                 "space": {
                     "freeze.depth": "all",
+                    "head.depth": "all",
                     "head.hidden": HIDDEN,
                     "train.lr": {"low": LR[0], "high": LR[1], "log": True},
                     "train.head_lr": {"low": HEAD_LR[0], "high": HEAD_LR[1], "log": True},
@@ -108,7 +109,7 @@ def started() -> list[float]:
     return moments
 
 
-def found(began: float, up: float, events: Sequence[tuple[float, float]], **more: Any) -> dict[str, Any]:
+def said(began: float, up: float, events: Sequence[tuple[float, float]], **more: Any) -> dict[str, Any]:
     """What a side prints: when which score was known, in seconds since Ray was up."""
     return {"events": [(at - up, score) for at, score in events], "start_s": up - began, **more}
 
@@ -126,15 +127,27 @@ def ours(job: Job, target: float) -> dict[str, Any]:
     there = [row for row in trained if row["best_epoch_score"] >= target]
     first = min(there, key=itemgetter("finished_at")) if there else max(trained, key=itemgetter("best_epoch_score"))
     extracted = sum(results.read_extractions(job.folder)["images"].to_pylist())
-    return found(
+    return said(
         began,
         up[0],
-        [(row["finished_at"].timestamp(), row["best_epoch_score"]) for row in trained],
+        events(trained, results.read_epochs(job.folder).to_pylist()),
         trials=len(trials),
         again=[first["last_score"], alone(first)],
         images=extracted + sum(row["images_forward"] for row in trials),
         sizes={"train_images": trials[0]["n_train"], "val_images": trials[0]["n_val"]},
     )
+
+
+def events(trials: Sequence[dict[str, Any]], epochs: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """When which score was there at the latest: an epoch ends before those that come after it, and the trial then."""
+    found = []
+    for row in trials:
+        at = row["finished_at"].timestamp()
+        mine = [each for each in epochs if each["trial_id"] == row["trial_id"]]
+        for epoch in sorted(mine, key=itemgetter("epoch"), reverse=True):
+            found.append((at, epoch["val_score"]))
+            at -= epoch["seconds"]
+    return found
 
 
 def stop_at(folder: Path, target: float) -> None:
@@ -226,6 +239,7 @@ def theirs(job: Job, root: Path) -> dict[str, Any]:
         trainable,
         param_space={
             "freeze.depth": tune.randint(0, stages + 1),
+            "head.depth": tune.randint(1, stages + 1),
             "head.hidden": tune.choice(HIDDEN),
             "train.lr": tune.loguniform(*LR),
             "train.head_lr": tune.loguniform(*HEAD_LR),
@@ -244,7 +258,7 @@ def theirs(job: Job, root: Path) -> dict[str, Any]:
     assert not ended.errors, ended.errors
     ray.shutdown()
     images = prepared.n_train + len(prepared.dataset.indices("val"))
-    return found(
+    return said(
         began,
         up[0],
         [(report["at"], report["score"]) for report in reports],

@@ -38,9 +38,18 @@ np.save(sys.argv[2], probabilities(predict(network, Batches(images, test, torch.
 """
 
 
-@pytest.fixture(scope="module", params=["frozen", "recalibrate", "batch"])
+KINDS = {
+    "frozen": {"freeze.norm": "frozen"},
+    "recalibrate": {"freeze.norm": "recalibrate"},
+    "batch": {"freeze.norm": "batch"},
+    "head at 2": {"head.depth": [2], "head.hidden": 8, "head.init": "probe"},
+    "only a head at 1": {"freeze.depth": [3], "head.depth": [1]},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    space = {"freeze.depth": [1], "freeze.norm": request.param, "train.lr": 1e-3, "train.head_lr": 1e-2}
+    space = {"freeze.depth": [1], "train.lr": 1e-3, "train.head_lr": 1e-2, **KINDS[request.param]}
     arms = {"freeze": {"strategy": "freeze_depth", "space": space}}
     job = toy_job(tmp_path_factory.mktemp("bundle") / "study", ["search.trials=1", "confirm.seeds=2"], arms=arms)
     return frostline.search(job, inline=True)

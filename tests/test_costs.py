@@ -200,6 +200,17 @@ def test_a_trial_by_itself_passes_every_image_live() -> None:
     assert alone_seconds(CPU, 0, 0, 100, 20, 0) == CPU.start_s
 
 
+def test_stages_after_the_head_cost_nothing() -> None:
+    """A step that ends at stage 4 is one from cut 3, less one from cut 4, and a head's."""
+    last = max(CPU.prefix_s)
+    step = CPU.step_s[3] - CPU.step_s[4] + CPU.step_s[last]
+    seconds = 0.1 + 3 * (100 * (CPU.prefix_s[3] + step) + 20 * CPU.prefix_s[4]) + 50 * CPU.prefix_s[4]
+    assert alone_seconds(CPU, 3, 3, 100, 20, 50, end=4) == pytest.approx(seconds)
+    assert alone_seconds(CPU, 3, 3, 100, 20, 50, end=last) == alone_seconds(CPU, 3, 3, 100, 20, 50)
+    head = 0.1 + 3 * (100 * (CPU.prefix_s[4] + CPU.step_s[last]) + 20 * CPU.prefix_s[4]) + 50 * CPU.prefix_s[4]
+    assert alone_seconds(CPU, 4, 3, 100, 20, 50, end=4) == pytest.approx(head)
+
+
 def test_what_is_read_takes_the_place_of_what_is_passed() -> None:
     read = 16384 / 5e9
     rest = CPU.forward_s - CPU.prefix_s[4]

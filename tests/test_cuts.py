@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from frostline.backbone import Backbone, BackboneError, _load, load_backbone, stage_table
-from frostline.cuts import Cut, cuts_of, emit, find_cuts, resume, round_at
+from frostline.closedform import pooled
+from frostline.cuts import Cut, cuts_of, emit, find_cuts, leave_at, pooled_cut, resume, round_at
 from frostline.spec import BackboneSpec
 from frostline.stages import Stage, make_stages, module_stages, named_tensors, record
 
@@ -96,6 +97,35 @@ def check_training(module: nn.Module, stages: tuple[Stage, ...], module_stage: A
         assert torch.equal(tensor, twin)
         assert (tensor.grad is None) == (twin.grad is None) == (not tensor.requires_grad)
         assert tensor.grad is None or torch.equal(tensor.grad, twin.grad)
+
+
+@pytest.mark.parametrize("index", [1, 2, 3])
+def test_a_network_left_at_a_cut_gives_means_there_and_goes_no_further(index: int) -> None:
+    backbone = load("python:frostline.testing:toy_backbone", 16)
+    cut, images, whole = cuts_of(backbone, 16)[index], noise(4, 16), copy.deepcopy(backbone.module).eval()
+    ran: list[str] = []
+    for name in ("stem", "block1", "block2"):
+        whole.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    leave_at(whole, cut)
+    features = whole(images)
+    assert ran == ["stem", "block1", "block2"][:index]
+    assert torch.equal(features, pooled(emit(backbone.module, [cut], images)[index]))
+    features.sum().backward()
+    assert {name.partition(".")[0] for name, tensor in whole.named_parameters() if tensor.grad is not None} == set(ran)
+    if index > 1:
+        rest, begin = copy.deepcopy(backbone.module).eval(), cuts_of(backbone, 16)[1]
+        leave_at(rest, cut)
+        resume(rest, begin)
+        given = emit(backbone.module, [begin], images)[1]
+        assert torch.equal(rest(given), features)
+        assert torch.equal(rest(given), features), "time after time"
+    resumed = copy.deepcopy(backbone.module)
+    resume(resumed, pooled_cut(cut))
+    assert resumed(features) is features
+    if index < 3:
+        half = copy.deepcopy(backbone.module).eval()
+        leave_at(half, cut, torch.float16)
+        assert torch.equal(half(images), features.half().float())
 
 
 # --- every cut of real networks

@@ -33,6 +33,7 @@ CONFIGS = st.fixed_dictionaries(
     {
         "freeze.depth": st.integers(1, STAGES),
         "freeze.norm": st.sampled_from(["frozen", "affine", "batch", "recalibrate"]),
+        "head.depth": st.sampled_from([1, 2, "all"]),
         "head.hidden": st.sampled_from([0, 4, 9]),
         "head.dropout": st.sampled_from([0.0, 0.4]),
         "head.init": st.sampled_from(["random", "zero", "probe"]),
@@ -118,14 +119,23 @@ class Ran:
 def check(plain: Ran, fast: Ran, trial_id: str, dtype: str) -> None:
     tolerance = {"float64": 1e-6, "float32": 1e-4}[dtype]
     np.testing.assert_allclose(fast.figures(trial_id), plain.figures(trial_id), rtol=tolerance)
-    for name in ("trainable_params", "total_params", "freeze_depth", "applied_lrs", "audit", "n_train", "n_val"):
+    for name in (
+        "trainable_params",
+        "total_params",
+        "freeze_depth",
+        "head_depth",
+        "applied_lrs",
+        "audit",
+        "n_train",
+        "n_val",
+    ):
         assert fast.outcomes[trial_id].row[name] == plain.outcomes[trial_id].row[name]
     assert fast.outcomes[trial_id].row.keys() == plain.outcomes[trial_id].row.keys()
 
 
 def test_half_precision_of_the_store_rounds_live_trials_alike(tmp_path: Path) -> None:
-    for cut in range(1, STAGES + 1):
-        config = {"freeze.depth": cut, "head.hidden": 4}
+    for cut, end in [(1, 3), (2, 3), (3, 3), (1, 2), (2, 2), (3, 1)]:
+        config = {"freeze.depth": cut, "head.hidden": 4, "head.depth": end}
         (spec,) = specs_of(tmp_path, "float16", 0, [config], "confirm")
         plain, fast = Ran([spec]), Ran([reading(spec)])
         check(plain, fast, spec.trial_id, "float32")
@@ -155,7 +165,7 @@ def test_a_lane_of_a_pack_is_the_trial_alone(
     dtype: str, tmp_path_factory: pytest.TempPathFactory, configs: list[dict[str, Any]], views: int | str
 ) -> None:
     if views != "live":  # lanes that share no live pass are heads
-        configs = [{**config, "freeze.depth": STAGES} for config in configs]
+        configs = [{**config, "freeze.depth": STAGES, "head.depth": configs[0]["head.depth"]} for config in configs]
     plain = specs_of(tmp_path_factory.mktemp("pack"), dtype, views, configs, "search")
     cached = [reading(spec) for spec in plain]
     assert len({pack_key(spec, STAGES) for spec in cached}) == 1

@@ -30,6 +30,7 @@ from frostline.estimate import (
     Estimate,
     Sizes,
     arm_cuts,
+    arm_places,
     cut_choices,
     estimate,
     expected_epochs,
@@ -278,6 +279,15 @@ def test_halving_never_trains_longer_nor_less_than_its_grace(grace: int, factor:
 def test_an_arm_draws_these_cuts(arm: dict[str, Any], cuts: list[int]) -> None:
     job = job_with({"a": arm}, [])
     assert arm_cuts(job, job.arms["a"], 3) == cuts
+
+
+def test_an_arm_that_searches_where_the_head_stands_draws_every_pair() -> None:
+    job = job_with({"a": depths(0, 2, **{"head.depth": [1, 3]})}, [])
+    assert sorted(arm_places(job, job.arms["a"], 3)) == [(0, 1), (0, 3), (1, 1), (2, 3)]
+    assert arm_cuts(job, job.arms["a"], 3) == [0, 1, 2]
+    probe = job_with({"a": {"strategy": "linear_probe", "space": {"head.depth": "all"}}}, [])
+    assert arm_places(probe, probe.arms["a"], 3) == [(1, 1), (2, 2), (3, 3)]
+    assert expected_reads(probe, 3).keys() == {3}, "what only a head reads before the end is a mean over positions"
 
 
 def test_slots_are_what_a_local_ray_would_hold() -> None:

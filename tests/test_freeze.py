@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -239,9 +240,24 @@ def test_the_audit_finds_a_moved_buffer(toy: Backbone) -> None:
     assert fixed_hash(network, applied) != hashed
 
 
+@pytest.mark.parametrize(("depth", "cut"), [(0, 0), (1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("norm", ["frozen", "batch", "recalibrate"])
+def test_stages_after_the_head_are_frozen_and_in_eval_mode(toy: Backbone, depth: int, cut: int, norm: Any) -> None:
+    network, freeze = network_of(toy), Freeze(strategy="freeze_depth", depth=depth, norm=norm, layer_decay=0.5)
+    plan = compile_plan(freeze, toy.stages, 2)
+    applied = apply_plan(plan, network, toy)
+    assert (plan.cut, plan.end, plan.only_head) == (cut, 2, cut == 2)
+    stages = {name.split(".")[1] for name in applied.trained if name.startswith("backbone.")}
+    assert stages == set(["stem", "block1"][cut:])
+    assert all(applied.trained[name] == 1.0 for name in applied.trained if name.startswith("backbone.block1"))
+    assert "backbone.block2" in applied.eval_modules
+    assert not any(name.startswith("backbone.block2") for name in applied.recalibrated)
+    assert {name for name, _ in network.named_buffers() if name.startswith("backbone.block2")} <= applied.fixed
+
+
 def test_first_matching_rule_wins_and_an_uncovered_parameter_is_an_error() -> None:
     plan = Plan(
-        (Rule("a/*", None), Rule("*/norm/*", 0.5), Rule("b/*", 1.0)), 1, live_statistics=False, recalibrate=False
+        (Rule("a/*", None), Rule("*/norm/*", 0.5), Rule("b/*", 1.0)), 1, 2, live_statistics=False, recalibrate=False
     )
     assert plan.multiplier("a/norm/x") is None
     assert plan.multiplier("b/norm/x") == 0.5
@@ -307,6 +323,7 @@ def test_recalibration_does_not_depend_on_the_order_of_the_folder(toy: Backbone)
 def test_strategies_agree_where_they_are_the_same(toy: Backbone) -> None:
     """k = 0 is full fine-tuning, k = all is the linear probe."""
     assert compile_plan(Freeze(strategy="full"), toy.stages) == freezing(toy, 0)
+    assert compile_plan(Freeze(strategy="full"), toy.stages, 3) == freezing(toy, 0)
     assert compile_plan(Freeze(strategy="linear_probe"), toy.stages) == freezing(toy, 3)
     assert compile_plan(Freeze(strategy="freeze_depth", depth="all"), toy.stages) == freezing(toy, 3)
 

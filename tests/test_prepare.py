@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from frostline.backbone import BackboneError
 from frostline.prepare import prepare
 from frostline.spec import Resources
 from frostline.testing import image_folder, toy_job
@@ -42,6 +43,16 @@ def test_the_feature_store_lies_beside_the_study_unless_the_job_says_where(
     assert path("features.path=file:///shared/features") == "file:///shared/features"
     with pytest.raises(ValueError, match="no file system is known for ftp://"):
         path("features.path=ftp://host/features")
+
+
+def test_a_head_stands_only_where_the_backbone_can_be_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = ['arms.freeze.space."head.depth"="all"']
+    prepare(toy_job(tmp_path, searched))
+    monkeypatch.setattr("frostline.prepare.cut_at", lambda backbone, size, index: None if index == 2 else "there")
+    for options in (searched, ["head.depth=2"], ['arms.freeze.space."head.depth"=2']):
+        with pytest.raises(BackboneError, match=r"no head can stand there; it can after these: 1, 3"):
+            prepare(toy_job(tmp_path, options))
+    prepare(toy_job(tmp_path, ['arms.freeze.space."head.depth"=[1, 3]']))
 
 
 def test_facts_change_with_what_they_stand_for(tmp_path: Path) -> None:

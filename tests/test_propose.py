@@ -202,7 +202,44 @@ def test_strong_defaults_come_first() -> None:
 def test_defaults_outside_a_range_are_its_nearest_end() -> None:
     job = toy_job(Path("unused"), ['arms.freeze.space."train.lr".low=0.001', 'arms.freeze.space."train.lr".high=0.01'])
     arm = job.arms["freeze"]
-    assert strong_defaults(job, arm, distributions(arm, STAGES), STAGES)[0]["train.lr"] == 0.001
+    assert strong_defaults(job, distributions(arm, STAGES))[0]["train.lr"] == 0.001
+
+
+@pytest.mark.parametrize(
+    ("space", "added"),
+    [
+        ({"freeze.depth": "all"}, [{"freeze.depth": 2}]),
+        ({"freeze.depth": [0.0, 0.75, 1.0]}, [{"freeze.depth": 0.75}]),
+        (
+            {"freeze.depth": "all", "head.depth": "all"},
+            [{"freeze.depth": 4, "head.depth": 2}, {"freeze.depth": 0, "head.depth": 2}],
+        ),
+        ({"freeze.depth": 1, "head.depth": [1, 4]}, [{"head.depth": 1}]),
+        ({"freeze.depth": 1, "train.lr": [3e-4]}, []),
+    ],
+)
+def test_an_arm_begins_where_features_serve_best(space: dict[str, Any], added: list[dict[str, Any]]) -> None:
+    arm = proposer(space=space)
+    first = len(arm.defaults)
+    arm.begin_at(2)
+    assert len(arm.defaults) == first + len(added)
+    entries = [dict(zip(arm.space, point, strict=True)) for point in arm.defaults[first:]]
+    found = [{path: arm.space[path].to_external_repr(entry) for path, entry in each.items()} for each in entries]
+    assert found == [{**each, **({"train.lr": 3e-4} if "train.lr" in each else {})} for each in added]
+    assert proposer("search.defaults=false", space=space).defaults == []
+
+
+def test_a_head_stands_after_a_stage() -> None:
+    job = toy_job(Path("unused"), ['arms.freeze.space."head.depth"="all"'])
+    found = distributions(job.arms["freeze"], STAGES)["head.depth"]
+    assert isinstance(found, optuna.distributions.IntDistribution)
+    assert (found.low, found.high) == (1, STAGES)
+    first, *_ = strong_defaults(job, distributions(job.arms["freeze"], STAGES))
+    assert (first["freeze.depth"], first["head.depth"]) == (STAGES, STAGES)
+    for wrong, message in (([0, 1], "a head stands after at least one stage"), ([5], "this backbone has 4 stages")):
+        arm = toy_job(Path("unused"), [f'arms.freeze.space."head.depth"={wrong}']).arms["freeze"]
+        with pytest.raises(SpaceError, match=message):
+            distributions(arm, STAGES)
 
 
 def test_defaults_are_the_choices_that_equal_them() -> None:

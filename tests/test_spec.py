@@ -22,9 +22,11 @@ from frostline.spec import (
     TrialSpec,
     configure,
     confirm_seeds,
+    cut_of,
     depth_of,
     derive_seed,
     digest,
+    end_of,
     holds_integers,
     is_searched,
     search_seeds,
@@ -304,6 +306,22 @@ def test_more_stages_than_there_are_cannot_be_frozen() -> None:
         depth_of(Freeze(strategy="freeze_depth", depth=8), 7)
 
 
+@pytest.mark.parametrize(
+    ("freeze", "head", "cut", "end"), [(0, 3, 0, 3), (2, 3, 2, 3), (5, 3, 3, 3), ("all", "all", 7, 7), (7, 0.5, 4, 4)]
+)
+def test_a_head_on_fewer_stages_leaves_fewer_to_train(freeze: Any, head: Any, cut: int, end: int) -> None:
+    config = Config(freeze=Freeze(strategy="freeze_depth", depth=freeze), head=Head(depth=head), train=Train())
+    assert (cut_of(config, 7), end_of(config.head, 7)) == (cut, end)
+
+
+def test_a_head_needs_a_stage_that_is_there() -> None:
+    with pytest.raises(ValueError, match=r"head\.depth = 8: this backbone has 7 stages"):
+        end_of(Head(depth=8), 7)
+    for none in (0, 0.0, 0.05):
+        with pytest.raises(ValueError, match="a head stands after at least one stage"):
+            end_of(Head(depth=none), 7)
+
+
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 60))
 def test_a_larger_share_never_freezes_fewer_stages(one: float, two: float, stages: int) -> None:
     shallow, deep = (depth_of(Freeze(strategy="freeze_depth", depth=share), stages) for share in sorted((one, two)))
@@ -353,7 +371,15 @@ def test_keys_that_can_be_searched() -> None:
         "train.batch_size",
     }
     assert {path for path in searchable_fields() if not takes_range(path)} == {
-        *("freeze.depth", "freeze.norm", "head.init", "train.optimizer", "train.schedule", "train.precision")
+        *(
+            "freeze.depth",
+            "freeze.norm",
+            "head.depth",
+            "head.init",
+            "train.optimizer",
+            "train.schedule",
+            "train.precision",
+        )
     }
 
 

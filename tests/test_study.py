@@ -72,7 +72,7 @@ def record(spec: TrialSpec, epoch: int) -> EpochRecord:
 
 def outcome(spec: TrialSpec, records: Sequence[EpochRecord], status: str) -> Outcome:
     row = {**describe(spec, World.here(spec.resources)), **summarise(spec, records, status)}
-    row |= {"freeze_depth": depth_of(spec.config.freeze, len(STAGES)), "n_train": 100, "n_val": 20}
+    row |= {"freeze_depth": depth_of(spec.config.freeze, len(STAGES)), "head_depth": 3, "n_train": 100, "n_val": 20}
     if spec.round == "confirm":
         row |= {"test_score": records[-1].val_score, "n_test": 30}
     return Outcome(row | {"seconds": 0.01, "spent_s": 0.01}, bundle={"x": b"x"} if spec.round == "confirm" else {})
@@ -205,7 +205,8 @@ def test_what_trains_least_goes_first(study_folder: Path) -> None:
     job = toy_job(study_folder, ["search.trials=20", "search.sampler=random", "confirm.seeds=0"])
     study = open_study(job)
     depths = [one(study.ask()).config.freeze.depth for _ in range(20)]
-    assert depths == sorted(depths, reverse=True)
+    assert depths[:2] == [3, 0], "the strong defaults, then the others"
+    assert depths[2:] == sorted(depths[2:], reverse=True)
     assert set(depths) == {0, 1, 2, 3}
     assert study.ask() == []
     study.close()

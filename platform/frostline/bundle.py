@@ -14,10 +14,12 @@ from typing import Any
 from safetensors import torch as safetensors
 
 from frostline.backbone import Backbone, load_backbone
+from frostline.closedform import pooled_width
 from frostline.commit import published, verify_folder
+from frostline.cuts import cut_at, leave_at
 from frostline.freeze import Applied, Network, apply_plan, compile_plan, pretrained_names
 from frostline.head import build_head
-from frostline.spec import TrialSpec
+from frostline.spec import TrialSpec, end_of
 
 FORMAT = 1
 
@@ -81,9 +83,16 @@ def load_bundle(folder: str | Path) -> tuple[Network, dict[str, Any]]:
             f"{folder}: made on a backbone with weights {about['weights_hash']}, but {spec.backbone.name} "
             f"({spec.backbone.weights}) now has {backbone.weights_hash}"
         )
-    head = build_head(spec.config.head, backbone.feature_dim, len(about["labels"]), spec.seeds.head)
-    network = Network(copy.deepcopy(backbone.module), head)
-    applied = apply_plan(compile_plan(spec.config.freeze, backbone.stages), network, backbone)
+    stages, size = len(backbone.stages), about["preprocessing"]["image_size"]
+    end, width = end_of(spec.config.head, stages), backbone.feature_dim
+    trunk = copy.deepcopy(backbone.module)
+    if end < stages:
+        cut = cut_at(backbone, size, end)
+        assert cut is not None, "it was trained there"
+        leave_at(trunk, cut)
+        width = pooled_width(cut.shape)
+    network = Network(trunk, build_head(spec.config.head, width, len(about["labels"]), spec.seeds.head))
+    applied = apply_plan(compile_plan(spec.config.freeze, backbone.stages, end), network, backbone)
     stays = pretrained_names(network, applied)
     missing, unexpected = network.load_state_dict(tensors, strict=False)
     wrong = [name for name in missing if name not in stays] + unexpected
@@ -102,7 +111,7 @@ base_model: {spec.backbone.name}
 # {spec.trial_id}
 
 `{spec.backbone.name}` fine-tuned with strategy `{config.freeze.strategy}`: {row["freeze_depth"]} of {row["stages"]}
-stages frozen, norm layers `{config.freeze.norm}`, {row["trainable_params"]:,} of {row["total_params"]:,} parameters
+stages frozen, the head after stage {row["head_depth"]}, norm layers `{config.freeze.norm}`, {row["trainable_params"]:,} of {row["total_params"]:,} parameters
 trained on {row["n_train"]} images for {row["epochs"]} epochs.
 
 | split | n | accuracy | NLL |

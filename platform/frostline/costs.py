@@ -157,29 +157,40 @@ def trial_seconds(
     scored: float,
     early: float = 0.0,
     *,
+    end: int | None = None,
     read_bytes: int | None = None,
     live_views: bool = False,
 ) -> float:
     """Seconds of one trial that shares nothing: its start, `trained` images through steps, `early` train images forward
-    before those, and `scored` images of val and test forward.
+    before those, and `scored` images of val and test forward; its head stands after `end` stages (all, when not given).
 
     With `read_bytes` an image, activations at the cut are read; under live views those of val and test alone.
     """
     passed = times.prefix_s[cut]
     read = passed if read_bytes is None else read_bytes / times.read_bytes_per_s
     shown = times.view_s + passed if live_views or read_bytes is None else read
-    rest = times.forward_s - passed
-    steps = trained * (shown + times.step_s[cut])
+    last = max(times.prefix_s)
+    end = last if end is None else end
+    rest = max(0.0, times.prefix_s[end] - passed)
+    left_out = times.step_s[end] - times.step_s[last]  # steps of a head are in both
+    steps = trained * (shown + max(0.0, times.step_s[cut] - left_out))
     return times.start_s + steps + early * (shown + rest) + scored * (read + rest)
 
 
 def alone_seconds(
-    times: StageTimes, cut: int, epochs: int, n_train: int, n_val: int, n_test: int, early: int = 0
+    times: StageTimes,
+    cut: int,
+    epochs: int,
+    n_train: int,
+    n_val: int,
+    n_test: int,
+    early: int = 0,
+    end: int | None = None,
 ) -> float:
     """What a trial would have taken by itself, with nothing stored and nothing shared: every epoch passes the train
     samples live through a step at its cut, and the val samples forward; a confirmation passes test once; `early` passes
     over the train samples come before (to recalibrate norm layers, or for a closed-form head)."""
-    return trial_seconds(times, cut, epochs * n_train, epochs * n_val + n_test, early * n_train)
+    return trial_seconds(times, cut, epochs * n_train, epochs * n_val + n_test, early * n_train, end=end)
 
 
 # --- measuring ---

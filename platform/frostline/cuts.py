@@ -12,7 +12,7 @@ import contextlib
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from frostline.backbone import Backbone
+from frostline.closedform import pooled, pooled_width
 from frostline.stages import REFUSALS, Made, Recording, Stage, Value, Visit, lone_activations, module_stages, record
 
 
@@ -136,6 +137,20 @@ def resume(module: nn.Module, cut: Cut) -> contextlib.ExitStack:
         return undo.pop_all()
 
 
+def leave_at(module: nn.Module, cut: Cut, dtype: torch.dtype | None = None) -> None:
+    """Make `module` end at the cut, in place: it now returns the activation there, averaged over positions, (N, D); rounded
+    to `dtype` where that is given. What comes after the cut does not run. Do it before `resume`."""
+    if cut.module:
+        assert "forward" not in vars(module), "the network has a forward of its own already"
+        module.forward = _Trunk(module.forward, module.get_submodule(cut.module), dtype)
+
+
+def pooled_cut(cut: Cut) -> Cut:
+    """From where a network that was made to end at `cut` is resumed with what it returns: it does nothing more."""
+    shape = (pooled_width(cut.shape),)
+    return Cut(cut.index, "", shape, cut.image_shape, Hole(shape, False))
+
+
 def round_at(module: nn.Module, cut: Cut, dtype: torch.dtype) -> None:
     """Round the activation at the cut to `dtype`, and widen it again, in place, in every pass from now on."""
     module.get_submodule(cut.module).register_forward_hook(_Rounding(dtype))
@@ -187,6 +202,32 @@ class _Stopgap:
             return self.rest.given() if self.gives else self.rest.placeholder(hole)
 
         return tree_map_only(Hole, fill, self.output)
+
+
+@dataclass(eq=False)
+class _Trunk:
+    """The `forward` of a network that ends at a module of its own."""
+
+    whole: Callable[[Tensor], Tensor]
+    last: nn.Module
+    dtype: torch.dtype | None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        caught: list[Tensor] = []
+
+        def catch(_: nn.Module, __: Any, output: Any) -> None:
+            caught.extend(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+            raise _AllCaught
+
+        hook = self.last.register_forward_hook(catch)
+        try:
+            with contextlib.suppress(_AllCaught):
+                self.whole(images)
+        finally:
+            hook.remove()
+        (activation,) = caught
+        features = pooled(widened(activation))
+        return features if self.dtype is None else widened(features.to(self.dtype))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from frostline.spec import Arm, Freeze, Range, depth_of, is_searched, searchable_fields
+from frostline.spec import DEPTHS, Arm, Range, is_searched, searchable_fields, stages_of
 
 EDGE = 0.05
 """A value within this share of its range (of the logarithm, where that is searched) of an end is at its edge."""
@@ -27,8 +27,8 @@ def at_the_edge(arm: Arm, values: Mapping[str, Any], stages: int) -> list[dict[s
             and len(dimension) > 2
             and all(type(each) in (int, float) for each in dimension)
         ):
-            if key == "freeze.depth":
-                value, *depths = (_depth(each, stages) for each in (value, *dimension))
+            if key in DEPTHS:
+                value, *depths = (stages_of(key, each, stages) for each in (value, *dimension))
                 low, high = min(depths), max(depths)
             else:
                 low, high = min(map(float, dimension)), max(map(float, dimension))
@@ -44,10 +44,6 @@ def at_the_edge(arm: Arm, values: Mapping[str, Any], stages: int) -> list[dict[s
     return found
 
 
-def _depth(value: Any, stages: int) -> int:
-    return depth_of(Freeze(strategy="freeze_depth", depth=value), stages)
-
-
 def _place(value: float, low: float, high: float, log: bool) -> float:
     """Where the value is in its range, 0 to 1."""
     if log:
@@ -57,8 +53,8 @@ def _place(value: float, low: float, high: float, log: bool) -> float:
 
 def _limits(key: str, stages: int) -> tuple[float, float]:
     """The least and the most that the key itself allows."""
-    if key == "freeze.depth":
-        return 0, stages
+    if key in DEPTHS:
+        return int(key == "head.depth"), stages
     bounds = searchable_fields()[key].metadata
     least = [
         value

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from frostline.closedform import pooled_width
 from frostline.costs import Choice, StageTimes, choose_cuts, measure, resumable, trial_seconds
@@ -20,7 +20,7 @@ from frostline.ledger import COMMIT_ROWS, COMMIT_SECONDS
 from frostline.pack import SUFFIXES
 from frostline.prepare import Prepared
 from frostline.propose import distributions
-from frostline.spec import Arm, Freeze, Job, Pruner, Range, Resources, depth_of
+from frostline.spec import Arm, Freeze, Head, Job, Pruner, Range, Resources, depth_of, end_of
 from frostline.stages import StageCost
 from frostline.world import gpus_of_a_trial, trials_at_once
 
@@ -99,16 +99,17 @@ def expected_reads(job: Job, stages: int) -> dict[int, float]:
     that cut: trials x epochs until the pruner stops them."""
     reads: defaultdict[int, float] = defaultdict(float)
     for arm in job.arms.values():
-        cuts = arm_cuts(job, arm, stages)
+        places = arm_places(job, arm, stages)
         epochs = expected_epochs(job.search.pruner, _mean(job, arm, "train.epochs"))
-        for cut in cuts:
-            reads[cut] += job.search.trials // len(job.arms) * epochs / len(cuts)
+        for cut, end in places:
+            if cut < end or end == stages:  # heads on fewer stages than all read means over positions
+                reads[cut] += job.search.trials // len(job.arms) * epochs / len(places)
     return {cut: shown / max(1, _shown(job)) for cut, shown in reads.items()}
 
 
 def _drawn(prepared: Prepared) -> set[int]:
     job, stages = prepared.job, len(prepared.backbone.stages)
-    return {cut for arm in job.arms.values() for cut in arm_cuts(job, arm, stages)}
+    return {depth for arm in job.arms.values() for place in arm_places(job, arm, stages) for depth in place}
 
 
 def _shown(job: Job) -> int:
@@ -217,14 +218,17 @@ def _work(
     trained = epochs * sizes.n_train
     scored = epochs * sizes.n_val + confirm * sizes.n_test
 
-    def at(cut: int) -> np.ndarray:
+    def at(cut: int, end: int) -> np.ndarray:
         live_views = job.augment.views == "live"
-        early = (probed + recalibrated * (cut < stages)) * sizes.n_train
-        seconds = trial_seconds(times, cut, trained, scored, early, read_bytes=stored.get(cut), live_views=live_views)
-        forward = (live_views or cut not in stored) * (trained + early) + (cut not in stored) * scored
-        return np.array([forward, trained * (cut < stages), seconds])
+        early = (probed + recalibrated * (cut < end)) * sizes.n_train
+        size = stored.get(cut)
+        if cut == end < stages and job.features.cache != "none":
+            size = 4 * sizes.feature_dim  # the mean over positions: about as wide
+        seconds = trial_seconds(times, cut, trained, scored, early, end=end, read_bytes=size, live_views=live_views)
+        forward = (live_views or size is None) * (trained + early) + (size is None) * scored
+        return np.array([forward, trained * (cut < end), seconds])
 
-    works = [at(cut) for cut in arm_cuts(job, arm, stages)]
+    works = [at(*place) for place in arm_places(job, arm, stages)]
     return max(works, key=itemgetter(2)) if dearest else np.mean(works, axis=0)
 
 
@@ -242,16 +246,28 @@ def expected_epochs(pruner: Pruner, epochs: float) -> float:
 
 
 def arm_cuts(job: Job, arm: Arm, stages: int) -> list[int]:
-    """The cuts that an arm may draw, each as likely as the others. Raises SpaceError."""
-    searched = distributions(arm, stages).get("freeze.depth")
-    if isinstance(searched, CategoricalDistribution):
-        depths: Sequence[Any] = searched.choices
-    elif searched:
-        depths = range(stages + 1)
-    else:
-        depths = [arm.space.get("freeze.depth", job.freeze.depth) if arm.strategy == "freeze_depth" else None]
-    freezes = (Freeze.model_validate({"strategy": arm.strategy, "depth": depth}) for depth in depths)
-    return [depth_of(freeze, stages) for freeze in freezes]
+    """The cuts that an arm may draw, ascending. Raises SpaceError."""
+    return sorted({cut for cut, _ in arm_places(job, arm, stages)})
+
+
+def arm_places(job: Job, arm: Arm, stages: int) -> list[tuple[int, int]]:
+    """The cuts that an arm may draw and the stages that its head then stands on, each pair as likely as the others. Raises
+    SpaceError."""
+    searched = distributions(arm, stages)
+
+    def entries(path: str, default: Any) -> Sequence[Any]:
+        found = searched.get(path)
+        if isinstance(found, IntDistribution):
+            return range(found.low, found.high + 1)
+        return found.choices if isinstance(found, CategoricalDistribution) else [arm.space.get(path, default)]
+
+    froze = arm.strategy == "freeze_depth"
+    freezes = [
+        depth_of(Freeze.model_validate({"strategy": arm.strategy, "depth": depth}), stages)
+        for depth in (entries("freeze.depth", job.freeze.depth) if froze else [None])
+    ]
+    ends = [end_of(Head.model_validate({"depth": depth}), stages) for depth in entries("head.depth", job.head.depth)]
+    return [(min(cut, end), end) for end in ends for cut in freezes]
 
 
 def local_slots(resources: Resources, cores: int, gpus: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from frostline.closedform import pooled, pooled_width
 from frostline.data import subset
 from frostline.features import EVAL_BATCH, Feed, Origin, chunks, to_rows
-from frostline.spec import Resources, TrialSpec, depth_of
+from frostline.spec import Resources, TrialSpec, cut_of, end_of
 from frostline.store import Store, key_of
 from frostline.trial import origin_of
 from frostline.world import World
@@ -96,9 +96,14 @@ def survey(question: Survey, world: World, hold: Hold) -> Supply:
     wanted: list[Need] = []
     for spec in question.specs:
         origin = origin_of(spec, world)
-        own = depth_of(spec.config.freeze, len(origin.backbone.stages))
-        cuts = question.cuts if question.cuts is not None else (own,) * spec.cached
-        wanted += needs(spec, cuts, question.means, origin)
+        cuts, means = question.cuts, question.means
+        if cuts is None:
+            cut, end = (
+                cut_of(spec.config, len(origin.backbone.stages)),
+                end_of(spec.config.head, len(origin.backbone.stages)),
+            )
+            cuts, means = ((cut,) * (spec.cached and kind) for kind in (cut < end, cut == end))
+        wanted += needs(spec, cuts, means, origin)
     features = question.specs[0].features
     assert features.path is not None
     store = Store(features.path)
@@ -116,9 +121,9 @@ def survey(question: Survey, world: World, hold: Hold) -> Supply:
 
 
 def needs(spec: TrialSpec, cuts: Iterable[int], means: Collection[int], origin: Origin) -> list[Need]:
-    """What a trial like this one reads, were its cut any of `cuts`: its train samples under every view that is stored, its
-    val samples, and in a confirmation those of test, as they are. What heads in closed form read at the cuts of `means`,
-    and what its own head starts from: its train samples as the first epoch shows them, and its val samples."""
+    """What a trial like this one reads, were its cut any of `cuts`, or were it to train nothing but a head at any of `means`:
+    its train samples under every view that is stored, its val samples, and in a confirmation those of test, as they are.
+    And for heads in closed form, and those that start at them, its train samples as the first epoch shows them."""
     dataset, views = origin.dataset, spec.augment.views
     plain = [dataset.indices("val")] + [dataset.indices("test")] * (spec.round == "confirm")
     train = subset(dataset, spec.data.per_class, spec.seeds.subset)
@@ -127,15 +132,12 @@ def needs(spec: TrialSpec, cuts: Iterable[int], means: Collection[int], origin: 
     shown = range(views) if isinstance(views, int) else ()
     samples = np.sort(np.concatenate(plain))
     found = [
-        need
-        for cut in cuts
-        for need in [Need(spec, cut, None, samples), *(Need(spec, cut, view, train) for view in shown)]
+        Need(spec, cut, view, which, mean)
+        for cut, mean in [*((cut, False) for cut in cuts), *((cut, True) for cut in means)]
+        for view, which in [(None, samples), *((view, train) for view in shown)]
     ]
-    for cut in means:
-        found.append(Need(spec, cut, None, dataset.indices("val"), mean=True))
-    for cut in {*means, *[len(origin.backbone.stages)] * spec.start_stored}:
-        found.append(Need(spec, cut, origin.view(1), train, mean=True))
-    return found
+    starts = {*means, *[end_of(spec.config.head, len(origin.backbone.stages))] * spec.start_stored}
+    return [*found, *(Need(spec, cut, origin.view(1), train, mean=True) for cut in sorted(starts))]
 
 
 def shards(wanted: Sequence[Need], world: World, at_once: int) -> list[Shard]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from frostline.backbone import Backbone
+from frostline.closedform import pooled, pooled_width
 from frostline.cuts import Cut, cut_at, cuts_of, emit, widened
 from frostline.data import Dataset
 from frostline.spec import Augment, Features
@@ -86,6 +87,15 @@ class Origin:
             "versions": {name: versions()[name] for name in VERSIONED if name in versions()},
         }
 
+    def width(self, end: int) -> int:
+        """Features of a head on the first `end` stages."""
+        last = end == len(self.backbone.stages)
+        return self.backbone.feature_dim if last else pooled_width(self.cut(end).shape)
+
+    def rounded_mean(self, activations: Tensor) -> Tensor:
+        """(N, D) means over positions of (N, …) activations, as they come back from the store."""
+        return widened(pooled(activations).to(getattr(torch, self.dtype)))
+
     def images(self, samples: np.ndarray, view: int | None) -> Tensor:
         """(B, 3, H, W) normalised float32 images, channels last in memory."""
         pixels = self.dataset.pixels[samples]  # (B, H, W, 3) uint8
@@ -136,8 +146,11 @@ class Feed:
         """Fetch normalised images."""
         return lambda samples, epoch: origin.images(samples, origin.view(epoch))
 
-    def activations(self, origin: Origin, cut: int, samples: np.ndarray, features: Features) -> Fetch:
-        """Fetch activations at `cut` of these samples, from the store where the view is one that is stored.
+    def activations(
+        self, origin: Origin, cut: int, samples: np.ndarray, features: Features, *, mean: bool = False
+    ) -> Fetch:
+        """Fetch activations at `cut` of these samples, or their `mean` over positions, from the store where the view is one
+        that is stored.
 
         Raises FeatureError where the store lacks some of them.
         """
@@ -150,9 +163,11 @@ class Feed:
         def fetch(wanted: np.ndarray, epoch: int) -> Tensor:
             view = origin.view(epoch)
             if view is not None and origin.augment.views == "live":
-                return self.pass_through(origin, self._passed_cuts, wanted, view)[cut].clone()
+                passed = self.pass_through(origin, self._passed_cuts, wanted, view)[cut]
+                return origin.rounded_mean(passed) if mean else passed.clone()
             if view not in readers:
-                readers[view] = self._reader(store, key_of(origin.about(cut, view)), samples, origin.device)
+                key = key_of(origin.about(cut, view, mean=mean))
+                readers[view] = self._reader(store, key, samples, origin.device)
             return readers[view](wanted)
 
         return fetch
@@ -173,18 +188,15 @@ class Feed:
         self._resident.move_to_end(held)
         return lambda wanted: from_rows(table[torch.from_numpy(np.searchsorted(samples, wanted)).to(device)])
 
-    def pretrained(self, origin: Origin, samples: np.ndarray, features: Features | None) -> Tensor:
-        """(n, D) features that the pretrained backbone gives of train samples, as the first epoch shows them: from the store,
-        or (None) by a live pass."""
-        last = len(origin.backbone.stages)
+    def pretrained(self, origin: Origin, end: int, samples: np.ndarray, features: Features | None) -> Tensor:
+        """(n, D) features that the first `end` pretrained stages give of train samples, as the first epoch shows them: from
+        the store, or (None) by a live pass."""
         if features is not None:
-            return self.means(origin, last, origin.view(1), samples, features)
-        parts = [
-            self.pass_through(origin, {last}, chunk, origin.view(1))[last].cpu()
-            for chunk in chunks(samples, EVAL_BATCH)
-        ]
+            return self.means(origin, end, origin.view(1), samples, features)
+        passed = (self.pass_through(origin, {end}, part, origin.view(1))[end] for part in chunks(samples, EVAL_BATCH))
+        made = torch.cat([origin.rounded_mean(activations).cpu() for activations in passed])
         self._passed = (None, {})
-        return torch.cat(parts)
+        return made
 
     def means(self, origin: Origin, cut: int, view: int | None, samples: np.ndarray, features: Features) -> Tensor:
         """(n, D) activations at a cut, their mean over positions where they have any, from the store, on the CPU."""

@@ -42,11 +42,18 @@ class Plan:
 
     rules: tuple[Rule, ...]
     cut: int
-    """Index of the first stage that is not frozen; the number of stages where only the head trains."""
+    """Index of the first stage that is not frozen; `end` where only the head trains."""
+    end: int
+    """The number of stages that the head stands on; those after them do not run, and are frozen."""
     live_statistics: bool
     """Whether norm layers of trainable stages normalise by batch statistics and update their running ones."""
     recalibrate: bool
     """Whether running statistics of trainable stages are recomputed on the train split before training."""
+
+    @property
+    def only_head(self) -> bool:
+        """Whether no stage trains."""
+        return self.cut == self.end
 
     def multiplier(self, address: str) -> float | None:
         """The first matching rule's multiplier, None where that rule freezes. Raises FreezeError if no rule matches."""
@@ -83,27 +90,29 @@ class Applied:
     fixed: frozenset[str]
     """Parameters and buffers that training must leave bit-equal."""
     eval_modules: frozenset[str]
-    """Modules that stay in eval mode: frozen stages whole, and norm layers whose statistics are fixed."""
+    """Modules that stay in eval mode: stages that are frozen or do not run whole, and norm layers whose statistics are
+    fixed."""
     recalibrated: frozenset[str]
     """Norm layers whose running statistics are recomputed before training."""
 
 
-def compile_plan(freeze: Freeze, stages: Sequence[Stage]) -> Plan:
-    """The freeze plan of a strategy for a backbone with these stages.
+def compile_plan(freeze: Freeze, stages: Sequence[Stage], end: int | None = None) -> Plan:
+    """The freeze plan of a strategy for a backbone with these stages, under a head on the first `end` of them (all, when
+    not given).
 
     Learning rates fall by `layer_decay` per stage from the last one towards the input (Clark et al. 2020, BEiT).
     """
-    cut = depth_of(freeze, len(stages))
-    frozen = [Rule(f"{glob.escape(stage.name)}/*", None) for stage in stages[:cut]]
+    end = len(stages) if end is None else end
+    cut = min(depth_of(freeze, len(stages)), end)
+    frozen = [Rule(f"{glob.escape(stage.name)}/*", None) for stage in (*stages[:cut], *stages[end:])]
     norms = [Rule("*/norm/*", None)] if freeze.norm == "frozen" else []
-    last = len(stages) - 1
     trained = [
-        Rule(f"{glob.escape(stage.name)}/*", freeze.layer_decay ** (last - index))
-        for index, stage in enumerate(stages)
+        Rule(f"{glob.escape(stage.name)}/*", freeze.layer_decay ** (end - 1 - index))
+        for index, stage in enumerate(stages[:end])
         if index >= cut
     ]
     rules = (Rule(f"{HEAD}/*", 1.0), *frozen, *norms, *trained)
-    return Plan(rules, cut, live_statistics=freeze.norm == "batch", recalibrate=freeze.norm == "recalibrate")
+    return Plan(rules, cut, end, live_statistics=freeze.norm == "batch", recalibrate=freeze.norm == "recalibrate")
 
 
 def apply_plan(plan: Plan, network: Network, backbone: Backbone) -> Applied:
@@ -115,7 +124,9 @@ def apply_plan(plan: Plan, network: Network, backbone: Backbone) -> Applied:
         parameter.grad = None
 
     frozen_modules = {
-        f"backbone.{name}".rstrip(".") for name, stage in backbone.module_stage.items() if stage < plan.cut
+        f"backbone.{name}".rstrip(".")
+        for name, stage in backbone.module_stage.items()
+        if not plan.cut <= stage < plan.end
     }
     statistics = {
         name

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from frostline.spec import (
+    DEPTHS,
     SEARCHABLE,
     Arm,
     Job,
@@ -193,7 +194,7 @@ def _dimension_mistakes(path: str, dimension: Any) -> Iterator[tuple[Loc, str]]:
     elif path not in keys:
         yield (), f": not a key that can be searched.{_nearest(path, keys)} Allowed: {', '.join(keys)}."
     elif isinstance(dimension, dict) and not takes_range(path):
-        every = ', or "all" to search every depth' if path == "freeze.depth" else ""
+        every = ', or "all" to search every depth' if path in DEPTHS else ""
         yield (), f": {path} takes no range; give a list of choices{every}"
     elif isinstance(dimension, dict):
         for end in ("low", "high", "step"):
@@ -205,7 +206,7 @@ def _dimension_mistakes(path: str, dimension: Any) -> Iterator[tuple[Loc, str]]:
     elif isinstance(dimension, list):
         if not dimension:
             yield (), ": give at least one choice"
-        mixed = path == "freeze.depth" and "1" in map(str, dimension) and float in map(type, dimension)
+        mixed = path in DEPTHS and "1" in map(str, dimension) and float in map(type, dimension)
         if mixed:
             yield (), ": 1 is one stage, 1.0 is all; write shares (0.5, 1.0) or numbers of stages (1, 3), not both"
         seen: set[Any] = set()

@@ -20,11 +20,11 @@ from torch import Tensor
 from frostline.backbone import Backbone
 from frostline.data import subset
 from frostline.features import Feed, Origin
-from frostline.freeze import Applied, FreezeError, Network, apply_plan, compile_plan
+from frostline.freeze import Applied, FreezeError, Network, Plan, apply_plan, compile_plan
 from frostline.head import set_probe
 from frostline.lanes import Lane, train_lanes
 from frostline.rows import Cost, describe, describe_data, describe_network, summarise
-from frostline.spec import TrialSpec, depth_of
+from frostline.spec import TrialSpec, cut_of, end_of
 from frostline.train import Batches, EpochRecord, predict
 from frostline.trial import Outcome, confirm, failed, head_of, origin_of, trial_steps
 from frostline.weights import hash_weights
@@ -45,15 +45,16 @@ def pack_key(spec: TrialSpec, stages: int) -> tuple[Any, ...] | None:
     """What trials must have in common to be lanes of one pack; None for a trial that runs alone.
 
     The same images in the same mini-batches (data and its views, subset, order, batch size, precision), and either only
-    heads to train, or a live prefix pass to share, whatever the cut.
+    heads to train, after the same stage, or a live prefix pass to share, whatever the cut.
     """
     if not spec.cached:
         return None
     train, seeds, live = spec.config.train, spec.seeds, spec.augment.views == "live"
     same = (seeds.split, seeds.subset, seeds.augment, seeds.order, train.batch_size, train.precision)
-    if live or depth_of(spec.config.freeze, stages) == stages:
-        return ("live" if live else "heads", *same)
-    return None
+    if live:
+        return ("live", *same)
+    end = end_of(spec.config.head, stages)
+    return ("heads", *same, end) if cut_of(spec.config, stages) == end else None
 
 
 def take_pack(waiting: Sequence[TrialSpec], stages: int, lanes: int, share: int) -> list[TrialSpec]:
@@ -186,18 +187,18 @@ def _head_program(
         lane.row |= describe(lane.spec, world)
     origin = origin_of(lead, world)
     backbone, dataset, module = origin.backbone, origin.dataset, feed.module(origin)
-    cut = len(backbone.stages)
+    plan = compile_plan(lead.config.freeze, backbone.stages, end_of(lead.config.head, len(backbone.stages)))
 
     def batches(samples: np.ndarray) -> Batches:
-        read = feed.activations(origin, cut, samples, lead.features)
+        read = feed.activations(origin, plan.end, samples, lead.features, mean=True)
         return Batches(read, samples, torch.from_numpy(dataset.labels[samples]).to(world.device))
 
     train, val = batches(subset(dataset, lead.data.per_class, lead.seeds.subset)), batches(dataset.indices("val"))
     networks = [Network(module, head_of(lane.spec, origin)) for lane in lanes]
-    applied = _apply(lead, networks, backbone)
-    _set_probes(lanes, networks, train.samples, origin, feed)
+    applied = _apply(plan, networks, backbone)
+    _set_probes(lanes, networks, plan.end, train.samples, origin, feed)
     for lane, network, masks in zip(lanes, networks, applied, strict=True):
-        lane.row |= describe_network(network, masks, backbone, cut, lane.spec.config.train)
+        lane.row |= describe_network(network, masks, backbone, plan, lane.spec.config.train)
         lane.row |= {"inputs": "features", "precision": "bf16" if origin.autocast else "fp32"}
         lane.row |= describe_data(dataset, train, val)
     for lane, cost in zip(lanes, costs, strict=True):
@@ -266,9 +267,8 @@ def _advance(program: Generator[Any, Any, None], message: Any) -> Any:
         return {}
 
 
-def _apply(lead: TrialSpec, networks: Sequence[Network], backbone: Backbone) -> list[Applied]:
-    """The plan of each lane, which depends on the kind of its head alone: nothing else trains."""
-    plan = compile_plan(lead.config.freeze, backbone.stages)
+def _apply(plan: Plan, networks: Sequence[Network], backbone: Backbone) -> list[Applied]:
+    """The plan as it holds for each lane, which depends on the kind of its head alone: nothing else trains."""
     of_kind: dict[int, Applied] = {}
     for network in networks:
         if len(network.head) not in of_kind:
@@ -277,14 +277,14 @@ def _apply(lead: TrialSpec, networks: Sequence[Network], backbone: Backbone) -> 
 
 
 def _set_probes(
-    lanes: Sequence[_Lane], networks: Sequence[Network], samples: np.ndarray, origin: Origin, feed: Feed
+    lanes: Sequence[_Lane], networks: Sequence[Network], end: int, samples: np.ndarray, origin: Origin, feed: Feed
 ) -> None:
     """Lay the closed-form solutions over the heads that start at them; linear ones start alike."""
     pairs = zip(lanes, networks, strict=True)
     heads = [network.head for lane, network in pairs if lane.spec.config.head.init == "probe"]
     if heads:
         lead, labels = lanes[0].spec, origin.dataset.labels[samples]
-        start = feed.pretrained(origin, samples, lead.features if lead.start_stored else None)
+        start = feed.pretrained(origin, end, samples, lead.features if lead.start_stored else None)
         linear = [head for head in heads if len(head) == 2]
         for head in [*linear[:1], *(head for head in heads if len(head) > 2)]:
             set_probe(head, start, labels)

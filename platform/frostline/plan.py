@@ -96,6 +96,8 @@ def _space(job: Job, arm: Arm, stages: int) -> Iterator[tuple[str, str]]:
     for path, entry in arm.space.items():
         if path == "freeze.depth":
             continue
+        if path == "head.depth" and entry == "all":
+            entry = tuple(range(1, stages + 1))
         if isinstance(entry, Range):
             how = ", log" if entry.log else f" by {entry.step:g}" if entry.step else ""
             yield path, f"{entry.low:g} to {entry.high:g}{how}"

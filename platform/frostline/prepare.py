@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frostline.backbone import Backbone, load_backbone
+from frostline.backbone import Backbone, BackboneError, load_backbone
+from frostline.cuts import cut_at
 from frostline.data import Dataset, load_data, subset
 from frostline.files import locate
-from frostline.propose import distributions
-from frostline.spec import Job, depth_of, derive_seed
+from frostline.propose import distributions, entries_of
+from frostline.spec import Head, Job, depth_of, derive_seed, end_of
 from frostline.world import find_device, hardware, versions
 
 
@@ -57,9 +58,24 @@ def prepare(job: Job, progress: Callable[[int, int], None] | None = None) -> Pre
     dataset = load_data(data, derive_seed(job.seed, "split"), progress=progress)
     train = subset(dataset, data.per_class, derive_seed(job.seed, "subset"))
     depth_of(job.freeze, len(backbone.stages))
-    for arm in job.arms.values():
-        distributions(arm, len(backbone.stages))
+    check_heads(job, backbone, dataset.pixels.shape[1])
     return Prepared(job, backbone, dataset, len(train))
+
+
+def check_heads(job: Job, backbone: Backbone, image_size: int) -> None:
+    """Whether the backbone can be left wherever a head of the job may stand. Raises SpaceError and BackboneError."""
+    stages = len(backbone.stages)
+    depths: set[int] = set()
+    for arm in job.arms.values():
+        searched = distributions(arm, stages).get("head.depth")
+        entries = entries_of(searched) if searched else [arm.space.get("head.depth", job.head.depth)]
+        depths |= {end_of(Head.model_validate({"depth": depth}), stages) for depth in entries}
+    if wrong := sorted(depth for depth in depths - {stages} if cut_at(backbone, image_size, depth) is None):
+        right = ", ".join(str(cut) for cut in range(1, stages + 1) if cut_at(backbone, image_size, cut))
+        raise BackboneError(
+            f"head.depth: {backbone.name} has more than one stream of activations after stage {wrong[0]}, so that no head "
+            f"can stand there; it can after these: {right}"
+        )
 
 
 def _with_absolute_paths(job: Job) -> Job:

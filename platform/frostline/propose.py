@@ -23,16 +23,18 @@ from scipy.stats import qmc
 from frostline.halving import Scores, build_rule
 from frostline.sampler import BatchSampler, Point, frozen
 from frostline.spec import (
+    DEPTHS,
     Arm,
-    Freeze,
+    Head,
     Job,
     Range,
     Sampler,
     Scalar,
-    depth_of,
     derive_seed,
+    end_of,
     holds_integers,
     is_searched,
+    stages_of,
 )
 
 FITS = (
@@ -67,7 +69,7 @@ class Proposer:
                 f"arms.{name}: its share of search.trials is {budget}, and its grid has only {points} points; "
                 f"lower search.trials to {points * len(job.arms)} or widen the space"
             )
-        first = strong_defaults(job, arm, self.space, stages) if job.search.defaults and self.kind != "grid" else []
+        first = strong_defaults(job, self.space) if job.search.defaults and self.kind != "grid" else []
         self.stages, self.defaults = stages, [self._point(values) for values in first]
         self.rule = build_rule(job.search.pruner, maximize=self.maximize)
         self.asks: list[Point] = []
@@ -84,17 +86,21 @@ class Proposer:
         return len(self.asks)
 
     def begin_at(self, depth: int) -> None:
-        """Have the arm's own values be tried at this freeze depth too, or at the nearest of its space, next of its strong
-        defaults. Nothing changes where it has none of these, or does not search the depth."""
-        dist = self.space.get("freeze.depth")
-        if dist is None or not self.defaults:
+        """Add strong defaults for a backbone whose features serve best after `depth` stages. Where the arm searches where
+        the head stands: there, once with all before it frozen and once with nothing. Else, where it searches the freeze
+        depth: frozen up to there. The nearest depths of the space are taken."""
+        if not self.defaults:
             return
-        choices = dist.choices if isinstance(dist, CategoricalDistribution) else range(self.stages + 1)
-        near = min(choices, key=lambda choice: abs(_stages_frozen(choice, self.stages) - depth))
-        first = [
-            dist.to_external_repr(entry) for dist, entry in zip(self.space.values(), self.defaults[0], strict=True)
-        ]
-        self.defaults.append(self._point(dict(zip(self.space, first, strict=True)) | {"freeze.depth": near}))
+        first = zip(self.space.items(), self.defaults[0], strict=True)
+        values = {path: dist.to_external_repr(entry) for (path, dist), entry in first}
+        for path in ("head.depth", "freeze.depth"):
+            if dist := self.space.get(path):
+                near = min(entries_of(dist), key=lambda entry: abs(stages_of(path, entry, self.stages) - depth))
+                added = [values | {path: near}]
+                if path == "head.depth" and "freeze.depth" in self.space:
+                    added.append(added[0] | {"freeze.depth": entries_of(self.space["freeze.depth"])[0]})
+                self.defaults += map(self._point, added)
+                return
 
     def values(self, number: int) -> dict[str, Any]:
         """The configuration that trial `number` was asked with, by dotted job key."""
@@ -259,24 +265,28 @@ def _distribution(path: str, dim: Range | tuple[Scalar, ...] | Scalar, stages: i
             return IntDistribution(int(dim.low), int(dim.high), log=dim.log, step=int(dim.step or 1))
         return FloatDistribution(dim.low, dim.high, log=dim.log, step=dim.step)
     if isinstance(dim, tuple):
-        return CategoricalDistribution(_distinct_depths(dim, stages) if path == "freeze.depth" else dim)
-    return IntDistribution(0, stages)  # "freeze.depth" = "all"
+        return CategoricalDistribution(_distinct_depths(path, dim, stages) if path in DEPTHS else dim)
+    return IntDistribution(1 if path == "head.depth" else 0, stages)  # "all"
 
 
-def _distinct_depths(choices: Sequence[Scalar], stages: int) -> list[Scalar]:
-    """The choices that freeze different stages of this backbone, in order of depth."""
+def _distinct_depths(path: str, choices: Sequence[Any], stages: int) -> list[Scalar]:
+    """The choices that differ in stages of this backbone, in order of depth."""
     by_depth: dict[int, Scalar] = {}
     for choice in choices:
         try:
-            depth = _stages_frozen(choice, stages)
+            depth = end_of(Head(depth=choice), stages) if path == "head.depth" else stages_of(path, choice, stages)
         except ValueError as error:
-            raise SpaceError(f'space."freeze.depth" holds {choice!r}: {error}') from None
+            raise SpaceError(f'space."{path}" holds {choice!r}: {error}') from None
         by_depth.setdefault(depth, choice)
     return [by_depth[depth] for depth in sorted(by_depth)]
 
 
-def _stages_frozen(choice: Any, stages: int) -> int:
-    return depth_of(Freeze.model_validate({"strategy": "freeze_depth", "depth": choice}), stages)
+def entries_of(dist: BaseDistribution) -> Sequence[Any]:
+    """What a searched depth may be, ascending."""
+    if isinstance(dist, CategoricalDistribution):
+        return dist.choices
+    assert isinstance(dist, IntDistribution)
+    return range(dist.low, dist.high + 1)
 
 
 def _axis(dist: BaseDistribution) -> Number:
@@ -299,15 +309,14 @@ def _entry(dist: BaseDistribution, value: Any) -> float:
     return float(value)
 
 
-def strong_defaults(job: Job, arm: Arm, space: Mapping[str, BaseDistribution], stages: int) -> list[dict[str, Any]]:
-    """What a practitioner would try first: the job's own values where the space has them, at the deepest and the
-    shallowest freeze depth of the space."""
-    values = {path: _nearest(dist, _own_value(job, path)) for path, dist in space.items()}
-    depth = space.get("freeze.depth")
-    if depth is None:
-        return [values] if values else []
-    ends = depth.choices if isinstance(depth, CategoricalDistribution) else (0, stages)
-    return [values | {"freeze.depth": end} for end in (ends[-1], ends[0])]
+def strong_defaults(job: Job, space: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
+    """What a practitioner would try first: the job's own values where the space has them, the head as deep as it may stand,
+    at the deepest and the shallowest freeze depth of the space."""
+    values = {path: _nearest(dist, _own_value(job, path)) for path, dist in space.items() if path not in DEPTHS}
+    deepest = values | {path: entries_of(space[path])[-1] for path in DEPTHS if path in space}
+    if "freeze.depth" in space:
+        return [deepest, deepest | {"freeze.depth": entries_of(space["freeze.depth"])[0]}]
+    return [deepest] if space else []
 
 
 def _own_value(job: Job, path: str) -> Any:

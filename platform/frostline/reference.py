@@ -16,7 +16,7 @@ from frostline.spec import Arm, Job, Range, searchable_fields, section_models
 
 ARMS = """\
 # An arm is a strategy with its own space; arms share search.trials equally. An entry of a space is a range
-# {low, high, log, step}, a list of choices, or one value to hold. "freeze.depth" = "all" searches every depth.
+# {low, high, log, step}, a list of choices, or one value to hold. "freeze.depth" = "all" searches every depth, and so does "head.depth" = "all".
 
 [arms.freeze]
 strategy = "freeze_depth"

@@ -91,7 +91,7 @@ SCHEMAS = {
         float64 freeze_fraction
         int32   stages
         text    stages_hash norm
-        int32   head_hidden
+        int32   head_depth head_hidden
         float64 head_dropout
         text    head_init optimizer
         float64 lr head_lr layer_decay weight_decay
@@ -131,7 +131,17 @@ FIXED_FACTS = ("classes", "data_hash", "split_hash", "stages_hash", "weights_has
 """The facts in job.json that a study keeps for life."""
 
 _CONFIG = (
-    *("strategy", "config_id", "freeze_depth", "stages", "norm", "head_hidden", "head_dropout", "head_init"),
+    *(
+        "strategy",
+        "config_id",
+        "freeze_depth",
+        "stages",
+        "norm",
+        "head_depth",
+        "head_hidden",
+        "head_dropout",
+        "head_init",
+    ),
     *("optimizer", "lr", "head_lr", "layer_decay", "weight_decay", "batch_size"),
     *("inputs", "trainable_params", "total_params"),
 )
@@ -401,6 +411,7 @@ def _cost(trials: pa.Table, extractions: pa.Table) -> dict[str, float]:
 def _line(rank: int, row: Mapping[str, Any], status: str) -> dict[str, str]:
     """One line of the table: heading -> text."""
     hidden, depth, stages = row["head_hidden"], row["freeze_depth"], row["stages"]
+    at = f"@{row['head_depth']}" if (row["head_depth"] or stages) != stages else ""
     test = "" if row.get("test_mean") is None else f"{row['test_mean']:.3f}"
     if row.get("test_sd") is not None:
         test += f"±{row['test_sd']:.3f}"
@@ -411,7 +422,7 @@ def _line(rank: int, row: Mapping[str, Any], status: str) -> dict[str, str]:
         "status": status,
         "depth": "" if depth is None else f"{depth}/{stages}",
         "norm": (row["norm"] or "").removesuffix("ibrate"),
-        "head": "" if hidden is None else f"mlp{hidden}" if hidden else "linear",
+        "head": "" if hidden is None else f"{f'mlp{hidden}' if hidden else 'linear'}{at}",
         "lr": short(row["lr"]),
         "head\nlr": short(row["head_lr"]),
         "val": "" if (val := row.get("val_score", row.get("val_mean"))) is None else f"{val:.4f}",

@@ -15,7 +15,7 @@ import torch
 
 from frostline.backbone import Backbone, BackboneError
 from frostline.data import DataError, Dataset
-from frostline.freeze import Applied, FreezeError, Network, stage_rates
+from frostline.freeze import Applied, FreezeError, Network, Plan, stage_rates
 from frostline.metrics import probabilities, scores
 from frostline.spec import Train, TrialSpec
 from frostline.train import Batches, EpochRecord, NonFiniteError
@@ -66,12 +66,16 @@ def describe_data(dataset: Dataset, train: Batches, val: Batches) -> dict[str, A
     }
 
 
-def describe_network(network: Network, applied: Applied, backbone: Backbone, cut: int, config: Train) -> dict[str, Any]:
-    """The columns that say what of the network trains."""
-    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+def describe_network(
+    network: Network, applied: Applied, backbone: Backbone, plan: Plan, config: Train
+) -> dict[str, Any]:
+    """The columns that say what of the network runs and trains."""
+    left_out = {f"backbone.{tensor}" for stage in backbone.stages[plan.end :] for tensor in stage.tensors}
+    sizes = {name: each.numel() for name, each in network.named_parameters() if name not in left_out}
     return {
-        "freeze_depth": cut,
-        "freeze_fraction": cut / len(backbone.stages),
+        "freeze_depth": plan.cut,
+        "freeze_fraction": plan.cut / len(backbone.stages),
+        "head_depth": plan.end,
         "stages": len(backbone.stages),
         "stages_hash": backbone.stages_hash,
         "weights_hash": backbone.weights_hash,
@@ -173,7 +177,7 @@ class Cost:
             "seconds_train": self.laps["train"] - scoring,
             "seconds_eval": self.laps.get("eval", 0.0) + scoring,
             "images_forward": passes - self.passes_before + live * (trained + scored),
-            "images_backward": trained if row["freeze_depth"] < row["stages"] else 0,
+            "images_backward": trained if row["freeze_depth"] < row["head_depth"] else 0,
             "peak_mib": peak_mib(self.device),
             "finished_at": datetime.now(UTC),
         }

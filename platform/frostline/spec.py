@@ -125,6 +125,10 @@ class Freeze(Frozen):
 
 
 class Head(Frozen):
+    depth: Depth = "all"
+    """After how many stages of the backbone the head stands, those after it being left out: a whole number counts stages, a
+    number with a point is a share of them, "all" is the whole backbone. Its features are the activations there, averaged
+    over positions; the early stages of a backbone may serve data unlike its source better than the last ones."""
     hidden: int = Field(default=0, ge=0, le=65536)
     """Width of the hidden layer of an MLP head; 0 is a linear head."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -321,7 +325,8 @@ class Arm(Frozen):
     """What proposes the arm's configurations; `search.sampler` when not given."""
     space: dict[str, Dimension] = Field(default={}, json_schema_extra=_spell_out_the_space)
     """Dotted key of the job -> `{low, high, log, step}`, a list of choices, or one value to hold.
-    `"freeze.depth" = "all"` searches every depth of the backbone, a list holds shares (0.5) or stage counts (3)."""
+    `"freeze.depth" = "all"` and `"head.depth" = "all"` search every depth of the backbone, a list holds shares (0.5) or
+    stage counts (3)."""
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
@@ -440,19 +445,40 @@ def configure(job: Job, arm: Arm, values: Mapping[str, Any]) -> Config:
     return Config.model_validate(sections)
 
 
+DEPTHS = ("freeze.depth", "head.depth")  # keys that count stages; in a space, "all" is every depth
+
+
 def depth_of(freeze: Freeze, stages: int) -> int:
     """How many of a backbone's `stages` the strategy freezes. Raises ValueError where it asks for more than there are."""
     depth = {"full": 0, "linear_probe": "all", "freeze_depth": freeze.depth}[freeze.strategy]
+    return stages_of("freeze.depth", depth or 0, stages)
+
+
+def end_of(head: Head, stages: int) -> int:
+    """After how many of a backbone's `stages` the head stands. Raises ValueError where there are not so many, or for none."""
+    end = stages_of("head.depth", head.depth, stages)
+    if end == 0:
+        raise ValueError(f"head.depth = {head.depth}: a head stands after at least one stage")
+    return end
+
+
+def cut_of(config: Config, stages: int) -> int:
+    """The first stage that trains, of those that the head stands on; where that is none, the head's own depth."""
+    return min(depth_of(config.freeze, stages), end_of(config.head, stages))
+
+
+def stages_of(path: str, depth: int | float | str, stages: int) -> int:
+    """A depth as a number of stages. Raises ValueError where there are not so many."""
     if isinstance(depth, int):
         if depth > stages:
-            raise ValueError(f"freeze.depth = {depth}: this backbone has {stages} stages")
+            raise ValueError(f"{path} = {depth}: this backbone has {stages} stages")
         return depth
-    return stages if depth == "all" else round(float(depth or 0) * stages)
+    return stages if depth == "all" else round(float(depth) * stages)
 
 
 def is_searched(path: str, dimension: Range | tuple[Scalar, ...] | Scalar) -> bool:
     """Whether a space entry is searched, rather than a value that is held."""
-    return isinstance(dimension, Range | tuple) or (path == "freeze.depth" and dimension == "all")
+    return isinstance(dimension, Range | tuple) or (path in DEPTHS and dimension == "all")
 
 
 def holds_integers(path: str) -> bool:

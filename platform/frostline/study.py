@@ -31,7 +31,19 @@ from frostline.ledger import Ledger
 from frostline.pack import take_pack
 from frostline.probes import Probe, best_probe
 from frostline.propose import Proposer, batch
-from frostline.spec import Config, Job, Mode, Round, Seeds, TrialSpec, configure, confirm_seeds, depth_of, search_seeds
+from frostline.spec import (
+    Config,
+    Job,
+    Mode,
+    Round,
+    Seeds,
+    TrialSpec,
+    configure,
+    confirm_seeds,
+    cut_of,
+    end_of,
+    search_seeds,
+)
 from frostline.store import Store
 from frostline.train import EpochRecord
 from frostline.trial import Outcome, lost
@@ -303,7 +315,8 @@ class Study:
         return sum(self.shares[name] - proposer.asked for name, proposer in self.proposers.items())
 
     def _next_search(self) -> list[Running]:
-        """A batch of proposals of the arm that has proposed least, those that train least first."""
+        """A batch of proposals of the arm that has proposed least: its strong defaults first, of these and of the others
+        those that train least."""
         open_arms = [name for name, proposer in self.proposers.items() if proposer.asked < self.shares[name]]
         if not open_arms:
             return []
@@ -325,7 +338,8 @@ class Study:
                 "asked_at": datetime.now(UTC),
             }
             self.ledger.add("asks", [ask])
-        return sorted(found, key=lambda running: -depth_of(running.spec.config.freeze, self.stages))
+        defaults = len(proposer.defaults)
+        return sorted(found, key=lambda each: (each.spec.number >= defaults, -cut_of(each.spec.config, self.stages)))
 
     def _search_spec(self, arm: str, number: int, values: Mapping[str, Any]) -> TrialSpec:
         seed, seeds = search_seeds(self.job, arm, number)
@@ -362,19 +376,25 @@ class Study:
             config=config,
             augment=self.job.augment,
             features=self.job.features,
-            cached=depth_of(config.freeze, self.stages) in self.cached_cuts,
-            start_stored=config.head.init == "probe" and bool(self.probed_cuts),
+            cached=self._is_cached(config),
+            start_stored=config.head.init == "probe" and end_of(config.head, self.stages) in self.probed_cuts,
             objective=self.job.objective,
             resources=self.job.resources,
         )
+
+    def _is_cached(self, config: Config) -> bool:
+        """Whether what the trial reads is stored: of heads on fewer stages than all, that is the mean over positions."""
+        cut, end = cut_of(config, self.stages), end_of(config.head, self.stages)
+        return cut in (self.probed_cuts if cut == end < self.stages else self.cached_cuts)
 
     def _alone_s(self, row: Mapping[str, Any]) -> float | None:
         """What the trial would have taken by itself; null where its cut, its data or the cost of a stage is not known."""
         if self.times is None or row.get("n_val") is None:
             return None
         sizes = (row["n_train"], row["n_val"], row.get("n_test", 0))
-        early = (row["head_init"] == "probe") + (row["norm"] == "recalibrate" and row["freeze_depth"] < row["stages"])
-        return alone_seconds(self.times, row["freeze_depth"], row["epochs"], *sizes, early=early)
+        cut, end = row["freeze_depth"], row["head_depth"]
+        early = (row["head_init"] == "probe") + (row["norm"] == "recalibrate" and cut < end)
+        return alone_seconds(self.times, cut, row["epochs"], *sizes, early=early, end=end)
 
     def _confirmations(self) -> dict[str, tuple[Finished, int]]:
         """Trial id of every confirmation -> its finalist and the number of its seed; none before the search has ended."""

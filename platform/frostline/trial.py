@@ -14,10 +14,10 @@ from torch import nn
 
 from frostline.backbone import load_backbone
 from frostline.bundle import bundle_files
-from frostline.cuts import resume, round_at
+from frostline.cuts import leave_at, pooled_cut, resume, round_at
 from frostline.data import load_data, subset
 from frostline.features import Feed, Origin, on_device
-from frostline.freeze import Applied, FreezeError, Network, apply_plan, compile_plan, fixed_hash
+from frostline.freeze import Applied, FreezeError, Network, Plan, apply_plan, compile_plan, fixed_hash
 from frostline.head import build_head, set_probe
 from frostline.rows import (
     Cost,
@@ -29,7 +29,7 @@ from frostline.rows import (
     score_on_test,
     summarise,
 )
-from frostline.spec import TrialSpec
+from frostline.spec import TrialSpec, end_of
 from frostline.train import Batches, EpochRecord, Seeding, predict, recalibrate, train_steps
 from frostline.world import World, autocast_dtype
 
@@ -74,25 +74,24 @@ def trial_steps(
     backbone, dataset = origin.backbone, origin.dataset
     cost.lap("data")
 
-    plan = compile_plan(config.freeze, backbone.stages)
+    plan = compile_plan(config.freeze, backbone.stages, end_of(config.head, len(backbone.stages)))
     network = Network(on_device(backbone, world.device), head_of(spec, origin))
     applied = apply_plan(plan, network, backbone)
-    row |= describe_network(network, applied, backbone, plan.cut, config.train)
+    row |= describe_network(network, applied, backbone, plan, config.train)
     row |= {"inputs": "features" if spec.cached else "images", "precision": "bf16" if origin.autocast else "fp32"}
-    if spec.cached:
-        resume(network.backbone, origin.cut(plan.cut))
-    elif cut := origin.rounding(plan.cut):
-        round_at(network.backbone, cut, getattr(torch, origin.dtype))
+    feed_in(network.backbone, plan, origin, cached=spec.cached)
 
     def batches(samples: np.ndarray) -> Batches:
-        read = feed.activations(origin, plan.cut, samples, spec.features) if spec.cached else feed.images(origin)
+        read = feed.images(origin)
+        if spec.cached:
+            read = feed.activations(origin, plan.cut, samples, spec.features, mean=plan.only_head)
         return Batches(read, samples, torch.from_numpy(dataset.labels[samples]).to(world.device))
 
     train = batches(subset(dataset, spec.data.per_class, spec.seeds.subset))
     val = batches(dataset.indices("val"))
     row |= describe_data(dataset, train, val)
     if config.head.init == "probe":
-        start = feed.pretrained(origin, train.samples, spec.features if spec.start_stored else None)
+        start = feed.pretrained(origin, plan.end, train.samples, spec.features if spec.start_stored else None)
         set_probe(network.head, start, dataset.labels[train.samples])
     if applied.recalibrated:
         recalibrate(network, applied, train, spec.seeds.order)
@@ -134,8 +133,24 @@ def trial_steps(
 
 def head_of(spec: TrialSpec, origin: Origin) -> nn.Sequential:
     """The trial's head as it starts, on its device."""
-    features, classes = origin.backbone.feature_dim, len(origin.dataset.classes)
-    return build_head(spec.config.head, features, classes, spec.seeds.head).to(origin.device)
+    head, classes = spec.config.head, len(origin.dataset.classes)
+    features = origin.width(end_of(head, len(origin.backbone.stages)))
+    return build_head(head, features, classes, spec.seeds.head).to(origin.device)
+
+
+def feed_in(backbone: nn.Module, plan: Plan, origin: Origin, *, cached: bool) -> None:
+    """Make a backbone end where its head stands and begin with what it is fed: activations at its cut, if they are `cached`,
+    else images, the activations being rounded on the way as storing them would."""
+    if cached and plan.only_head:
+        resume(backbone, pooled_cut(origin.cut(plan.end)))
+        return
+    dtype, rounding = getattr(torch, origin.dtype), origin.rounding(plan.cut)
+    if plan.end < len(origin.backbone.stages):
+        leave_at(backbone, origin.cut(plan.end), dtype if rounding and plan.only_head else None)
+    if cached:
+        resume(backbone, origin.cut(plan.cut))
+    elif rounding:
+        round_at(backbone, rounding, dtype)
 
 
 def confirm(
