@@ -1,7 +1,7 @@
 """Seconds until the best validation accuracy reaches a target, against Ray Tune with OptunaSearch and ASHA.
 
 Both search the same space (freeze depth x where the head stands x learning rate x head learning rate x head width) for
-scikit-learn's digits at 64 px under EfficientNet-Lite0 (ImageNet weights), 64 train images a class, with the same number of trials at once, up to 9
+scikit-learn's digits at 64 px under EfficientNet-Lite0 (ImageNet weights), 32 train images a class, with the same number of trials at once, up to 9
 epochs each, successive halving with the same rungs, TPE that draws its first 10 trials at random, and the same two
 configurations first. Theirs is Tune as documented, a function that reports after every epoch, and spares what an expert
 would spare: worker processes are reused, each loads data and backbone once, and what is frozen has no backward pass. It
@@ -67,7 +67,7 @@ LOOK_S = 0.5
 
 
 def job_of(seed: int, trials: int, root: Path, *, init: str, toy: bool) -> Job:
-    data = {"path": "digits", "image_size": 64, "per_class": 64, "val": 0.12, "test": 0.2}
+    data = {"path": "digits", "image_size": 64, "per_class": 32, "val": 0.12, "test": 0.2}
     raw = {
         "name": "time_to_score",
         "results": str(root / "study"),
