@@ -95,7 +95,7 @@ def score_axis(field: str, title: str) -> Any:
         f"{field}:Q",
         title=title,
         scale=alt.Scale(zero=False, nice=True, padding=6),
-        axis=alt.Axis(tickCount=6, format="~g"),
+        axis=alt.Axis(tickCount=6, format="~r"),
     )
 
 

@@ -18,7 +18,7 @@ async function draw() {
 }
 
 function filtering(view, { axes, trials, shown }) {
-  const lines = structuredClone(known.charts.parallel.datasets.trials); // Vega marks the rows that it has read
+  const lines = structuredClone(known.charts.parallel.datasets.trials).reverse(); // the best first; Vega marks rows that it has read
   const whole = () => axes.map((axis) => (axis.choices ? new Set(axis.choices.map((_, index) => index)) : [0, 1]));
   const fields = axes.map((_, number) => [...document.querySelectorAll(`[data-axis="${number}"] input`)]);
   const chart = document.getElementById("chart-parallel");
@@ -44,7 +44,7 @@ function filtering(view, { axes, trials, shown }) {
 
   function show(skip) {
     const passing = lines.map(passes);
-    view.data("kept", lines.filter((_, index) => passing[index]).map((line) => ({ ...line })));
+    view.data("kept", lines.filter((_, index) => passing[index]).map((line) => ({ ...line })).reverse());
     view.data("ranges", axes.flatMap((axis, number) => {
       if (open(number)) return [];
       if (!axis.choices) return [{ axis: `p${number}`, low: kept[number][0], high: kept[number][1] }];

@@ -49,7 +49,7 @@ def depth(
         "score:Q",
         title=f"{metric} on val",
         scale=alt.Scale(domain=[min(scores) - margin, max(scores) + margin], nice=False),
-        axis=alt.Axis(tickCount=6, format="~g"),
+        axis=alt.Axis(tickCount=6, format="~r"),
     )
     mean = alt.Chart(alt.NamedData("means")).encode(x=x, xOffset=offset, color=arm_colour("arm", arms))
     tips = [
@@ -129,7 +129,7 @@ def pareto(
         "cost:Q",
         title=f"{cost}{' (log)' * log}",
         scale=alt.Scale(type="log") if log else alt.Scale(zero=False),
-        axis=alt.Axis(format="~s" if max(row["cost"] for row in trials) >= 1e4 else "~g", tickCount=4),
+        axis=alt.Axis(format="~s" if max(row["cost"] for row in trials) >= 1e4 else "~r", tickCount=4),
     )
     y = score_axis("score", f"{metric} on val")
     tips = [tip("id", "trial", "N"), tip("score", metric), tip("cost", cost, "Q", ",.4~g")]
@@ -181,7 +181,7 @@ def curves(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], metric: str) 
 def parallel(trials: Sequence[Mapping[str, Any]], axes: Sequence[Axis], metric: str, mode: Mode) -> Chart:
     """A line a trial through its places on the axes (`p0`, `p1` …), coloured by `score`.
 
-    A rectangle drawn on it is the selection `brush`; the page fills the data set `kept` with what it keeps, and `ranges`
+    The last of the trials lie on top. A rectangle drawn on it is the selection `brush`; the page fills the data set `kept` with what it keeps, and `ranges`
     (axis, low, high) with what it keeps to.
     """
     names: list[Any] = [f"p{number}" for number in range(len(axes))]
@@ -205,7 +205,7 @@ def parallel(trials: Sequence[Mapping[str, Any]], axes: Sequence[Axis], metric: 
             labelOverlap=False,
         ),
     )
-    y = alt.Y("place:Q", title=None, scale=alt.Scale(domain=[-0.04, 1.04], nice=False), axis=None)
+    y = alt.Y("place:Q", title=None, scale=alt.Scale(domain=[-0.08, 1.08], nice=False), axis=None)
 
     def lines(data: str) -> alt.Chart:
         return alt.Chart(alt.NamedData(data)).transform_fold(names, as_=["axis", "place"]).mark_line(aria=False)
@@ -222,7 +222,9 @@ def parallel(trials: Sequence[Mapping[str, Any]], axes: Sequence[Axis], metric: 
     )
     chart = alt.layer(
         lines("trials").mark_line(strokeWidth=1, color=LINE).encode(x=x, y=y, detail="id:N"),
-        lines("kept").mark_line(strokeWidth=1.5, opacity=0.75).encode(x=x, y=y, detail="id:N", color=colour),
+        lines("kept")
+        .mark_line(strokeWidth=1.5, opacity=0.75 if len(trials) <= 200 else 0.4)
+        .encode(x=x, y=y, detail="id:N", color=colour),
         alt.Chart(alt.NamedData("ranges"))
         .mark_rule(strokeWidth=12, opacity=0.35, color=INK)
         .encode(x=x, y=alt.Y("low:Q", title=None, axis=None), y2="high:Q"),
@@ -261,4 +263,4 @@ def _ticks(axis: Axis) -> list[tuple[float, str]]:
         ]
     if isinstance(axis.low, int) and isinstance(axis.high, int) and axis.high - axis.low <= 12:
         return [(axis.place(value) or 0.0, str(value)) for value in range(axis.low, axis.high + 1)]
-    return [(place, f"{axis.low + place * (axis.high - axis.low):.4g}") for place in (0, 0.25, 0.5, 0.75, 1)]
+    return [(place, f"{axis.low + place * (axis.high - axis.low):.3g}") for place in (0, 0.25, 0.5, 0.75, 1)]

@@ -191,7 +191,7 @@ def configurations(subject: Subject) -> tuple[Section, dict[str, Any] | None]:
         }
         for row in trials
     ]
-    chart = search_charts.parallel(lines, axes, subject.metric, subject.mode)
+    chart = search_charts.parallel(lines[::-1], axes, subject.metric, subject.mode)
     names = ["trial", "status", *(subject.metric if axis.key == "score" else axis.key for axis in axes)]
     cells = [[row["trial_id"], row["status"], *(brief(value(row, axis)) for axis in axes)] for row in trials]
     grid = Grid("trials kept, the best first", [dict(zip(names, row, strict=True)) for row in cells[:LISTED]])
