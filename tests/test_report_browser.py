@@ -133,6 +133,7 @@ def test_a_script_that_got_in_would_not_run(page: Any) -> None:
 
 def test_a_rectangle_on_the_parallel_coordinates_picks_trials(page: Any) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
 
     everything = rows(page)
     assert drawn_lines(page) == everything
@@ -161,7 +162,7 @@ def test_a_rectangle_on_the_parallel_coordinates_picks_trials(page: Any) -> None
         "return [...document.querySelectorAll('#trials-table tbody tr')].map((row) => row.cells[2].textContent)"
     )
     assert set(arms) == {"full"}
-    page.find_element("id", "all-trials").click()
+    page.find_element("id", "all-trials").send_keys(Keys.ENTER)
     assert rows(page) == everything
     until(page, lambda driver: drawn_lines(driver) == everything)
 

@@ -17,7 +17,7 @@ from frostline.spec import Arm, Mode, Range, is_searched
 from frostline.stats import mean_interval
 
 FEW = 3
-"""Trials of fewer have no interval: of two it is 9 standard deviations to either side."""
+"""Fewer trials at a depth have no interval: of two it is 9 standard deviations to either side."""
 TRIALS = 1500
 """Drawn of a study's, at most."""
 CURVES = 120
@@ -151,7 +151,8 @@ def curves(study: str | Path, trial_ids: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def depths(trials: Sequence[Mapping[str, Any]], mode: Mode) -> list[dict[str, Any]]:
-    """By arm and freeze depth: n complete trials, the mean of their scores, its t-interval where there are FEW or more, and the best."""
+    """By arm and freeze depth: n complete trials, the mean of their scores, its t-interval where there are FEW or more, and
+    the best."""
     groups: dict[tuple[str, int], list[float]] = {}
     for trial in trials:
         if trial["val_score"] is not None and trial["freeze_depth"] is not None:
@@ -160,10 +161,10 @@ def depths(trials: Sequence[Mapping[str, Any]], mode: Mode) -> list[dict[str, An
     for (arm, depth), scores in sorted(groups.items()):
         found = mean_interval(scores)
         best = max(scores) if mode == "max" else min(scores)
+        low, high = (found.low, found.high) if found.n >= FEW else (None, None)
         rows.append(
-            {"arm": arm, "depth": depth, "n": found.n, "mean": found.mean, "low": found.low, "high": found.high}
+            {"arm": arm, "depth": depth, "n": found.n, "mean": found.mean, "low": low, "high": high, "best": best}
         )
-        rows[-1]["best"] = best
     return rows
 
 
