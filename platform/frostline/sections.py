@@ -13,7 +13,6 @@ from rich.filesize import decimal
 from frostline import charts, drawn, page, results
 from frostline.account import Account
 from frostline.compare_text import Grid, arms_grid, budgets_grid, claims, configs_grid, importance_grid, pairs_grid
-from frostline.files import DataError
 from frostline.jobfile import as_toml
 from frostline.mistakes import Mistakes, confused, read_mistakes
 from frostline.page import Section, figure, listing, paragraph, table, text
@@ -155,7 +154,7 @@ def _worst(subject: Subject, found: Mistakes, pictures: Pictures) -> str:
         files = pictures(subject.job["data"], {row["sample_id"]: classes[row["label"]] for row in found.worst})
         lost = len(found.worst) - len(files)
         why = f"{lost} of the images are not there any more, or are others now." if lost else ""
-    except (DataError, OSError) as error:
+    except (ValueError, OSError) as error:
         files, why = {}, f"The images cannot be shown: {error}"
     items = []
     for row in found.worst:
