@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import frostline
 from _studies import write_study
 from frostline import refresh
-from frostline.refresh import after, refreshing
+from frostline.refresh import Refresh, after, refreshing
+from frostline.testing import toy_job
 
 
 def test_a_quick_report_is_due_every_minute_and_a_slow_one_takes_a_share() -> None:
@@ -40,3 +42,11 @@ def test_none_is_left_when_the_search_ends(study_folder: Path, monkeypatch: pyte
         report.look()
     assert report.writing
     assert report.writing.returncode is not None
+
+
+def test_a_search_looks_at_it_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    monkeypatch.setattr(Refresh, "look", lambda report: looked.append(report.study))
+    job = toy_job(tmp_path / "toy", ["search.trials=2", "train.epochs=1", "confirm.seeds=1"])
+    frostline.search(job, inline=True)
+    assert set(looked) == {job.folder}

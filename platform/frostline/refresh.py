@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,8 +33,10 @@ class Refresh:
             self.writing, self.due = None, after(self.began, now)
         if not self.writing and now >= self.due:
             command = [sys.executable, "-m", "frostline.refresh", str(self.study)]
-            quiet = subprocess.DEVNULL  # what goes wrong is told when the last one is written
-            self.writing, self.began = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet), now
+            # What goes wrong is told when the last one is written. Ctrl-C is the search's to handle: hence a session of its own
+            null = subprocess.DEVNULL
+            self.writing = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+            self.began = now
 
 
 def after(began: float, ended: float) -> float:
@@ -54,7 +57,10 @@ def refreshing(study: Path) -> Iterator[Refresh]:
 
 
 if __name__ == "__main__":
-    from frostline.report import write_report
+    from frostline.commit import write_file
+    from frostline.report import NAME, build
 
     os.nice(19)
-    write_report(sys.argv[1])
+    page = build(sys.argv[1])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is begun now is over in a moment, and leaves no half behind
+    write_file(Path(sys.argv[1]) / NAME, page.encode())

@@ -34,7 +34,7 @@ def depth(
     stages: int,
     metric: str,
 ) -> Chart:
-    """Every complete trial by freeze depth (arm, depth, score, id), and the means of `drawn.depths`."""
+    """Every trial with a score by freeze depth (arm, depth, score, id, status), and the means of `drawn.depths`."""
     x = alt.X(
         "depth:O",
         title=f"freeze depth, of {stages} stages",
@@ -42,7 +42,7 @@ def depth(
         axis=alt.Axis(labelAngle=0, grid=True, tickBand="extent"),
     )
     offset = alt.XOffset("arm:N", sort=list(arms)) if len(arms) > 1 else alt.Undefined
-    points = alt.Chart(alt.NamedData("trials")).mark_circle(size=36, opacity=0.4, clip=True)
+    points = alt.Chart(alt.NamedData("trials")).mark_point(size=32, filled=True, clip=True)
     scores = [row["score"] for row in trials]
     margin = (max(scores) - min(scores)) / 12 or 0.01
     y = alt.Y(
@@ -66,7 +66,9 @@ def depth(
             xOffset=offset,
             y=y,
             color=arm_colour("arm", arms),
-            tooltip=[tip("id", "trial", "N"), tip("score", metric)],
+            shape=alt.when("datum.status == 'pruned'").then(alt.value("triangle-down")).otherwise(alt.value("circle")),
+            opacity=alt.when("datum.status == 'pruned'").then(alt.value(0.3)).otherwise(alt.value(0.5)),
+            tooltip=[tip("id", "trial", "N"), tip("status", "status", "N"), tip("score", metric)],
         ),
         mean.mark_rule(strokeWidth=2.5, clip=True).encode(y="low:Q", y2="high:Q", tooltip=tips),
         mean.mark_point(size=90, filled=True, shape="diamond", opacity=1).encode(y="mean:Q", tooltip=tips),

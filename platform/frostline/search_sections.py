@@ -22,18 +22,26 @@ COSTS = {
 
 
 def freezing(subject: Subject) -> Section:
+    """Scores by freeze depth, and by learning rate and depth."""
     means, shown, parts = drawn.depths(subject.trials, subject.mode), [], []
     if means:
+        scored = [row for row in subject.trials if drawn.score_of(row) is not None and row["freeze_depth"] is not None]
+        few = drawn.thinned(scored, drawn.TRIALS, subject.mode)
         points = [
-            {"arm": row["arm"], "depth": row["freeze_depth"], "score": row["val_score"], "id": row["trial_id"]}
-            for row in subject.few
-            if row["val_score"] is not None and row["freeze_depth"] is not None
+            {
+                "arm": row["arm"],
+                "depth": row["freeze_depth"],
+                "score": drawn.score_of(row),
+                "id": row["trial_id"],
+                "status": row["status"],
+            }
+            for row in few
         ]
         shown.append(search_charts.depth(points, means, subject.arms, subject.stages, subject.metric))
-        complete = sum(row["val_score"] is not None for row in subject.trials)
         caption = (
-            f"{drawn.told(len(points), complete, 'complete trials')}Dots are complete trials, diamonds their means with 95 % t-intervals, of three or more, cut at the range of scores. These "
-            "trials differ in learning rates too, and a sampler chose them: the intervals describe what was tried, not the depth alone."
+            f"{drawn.told(len(few), len(scored), 'trials')}Dots are complete trials, faint triangles pruned ones after their last epoch. Diamonds are means of "
+            "complete trials, with 95 % t-intervals from three on, cut at the range of scores. These trials differ in learning rates too, and a sampler chose "
+            "them: an interval describes what was tried, not the depth alone."
         )
         rows = [
             {
@@ -89,6 +97,7 @@ def freezing(subject: Subject) -> Section:
 
 
 def pareto(subject: Subject) -> Section:
+    """Scores against what trials cost."""
     shown, parts = [], []
     for cost, name in COSTS.items():
         rows = [row for row in subject.few if row["val_score"] is not None and row[cost] is not None]
@@ -126,6 +135,7 @@ def pareto(subject: Subject) -> Section:
 
 
 def training(subject: Subject) -> Section:
+    """Scores by epoch."""
     few = drawn.thinned(subject.trials, drawn.CURVES, subject.mode)
     arms = {row["trial_id"]: (row["arm"], "searched") for row in few}
     arms |= {each["trial_id"]: (arm.arm, "confirmed") for arm in subject.task.arms for each in arm.confirmations}
@@ -163,7 +173,7 @@ def training(subject: Subject) -> Section:
 
 
 def configurations(subject: Subject) -> tuple[Section, dict[str, Any] | None]:
-    """The section, and what its filters are about."""
+    """All searched values of trials at once; and what the filters of that section are about."""
     arms = {name: Arm.model_validate(raw) for name, raw in subject.job["arms"].items()}
     axes = drawn.axes(arms, subject.few)
     trials = [row for row in drawn.best_first(subject.few, subject.mode) if drawn.score_of(row) is not None]
@@ -240,6 +250,7 @@ def _filter(number: int, axis: drawn.Axis, name: str) -> str:
 
 
 def heads(subject: Subject) -> Section:
+    """Heads in closed form by cut."""
     probes = results.read_probes(subject.path).to_pylist()
     rows = [row for row in probes if row["val_score"] is not None]
     if not rows:

@@ -26,6 +26,7 @@ Pictures = Callable[[Mapping[str, Any], Mapping[str, str]], dict[str, bytes]]
 
 
 def verdict(subject: Subject, costs: Account) -> Section:
+    """What can be said of the arms, what limits that, and the figures to quote."""
     task, best = subject.task, next(iter(drawn.best_first(subject.trials, subject.mode)), None)
     shown: dict[str, Any] = {}
     if subject.winner and subject.winner.finalist:
@@ -52,6 +53,7 @@ def verdict(subject: Subject, costs: Account) -> Section:
 
 
 def arms(subject: Subject) -> Section:
+    """Arms on test, pairs of them, their best configurations, score against budget."""
     task, parts, shown = subject.task, [], []
     rows = [
         {"label": arm.label, "mean": found.test.mean, "low": found.test.low, "high": found.test.high}
@@ -87,6 +89,7 @@ def arms(subject: Subject) -> Section:
 
 
 def importance(subject: Subject) -> Section:
+    """Which searched values decided, by arm."""
     rows = [
         {"label": arm.label, "key": key, "share": share}
         for arm in subject.task.arms
@@ -104,6 +107,7 @@ def importance(subject: Subject) -> Section:
 
 
 def mistakes(subject: Subject, pictures: Pictures) -> Section:
+    """What the winner got wrong on test."""
     title, classes = "Mistakes", subject.facts["classes"]
     winner = subject.winner
     done = [each["trial_id"] for each in winner.confirmations if each["test_score"] is not None] if winner else []
@@ -170,6 +174,7 @@ def _worst(subject: Subject, found: Mistakes, pictures: Pictures) -> str:
 
 
 def costs(subject: Subject, found: Account) -> Section:
+    """What the search cost and was spared, and what failed."""
     if not found.trials:
         return Section("costs", "Cost account", paragraph("No trial has finished yet."))
     parts = {
@@ -219,6 +224,7 @@ def costs(subject: Subject, found: Account) -> Section:
 
 
 def again(subject: Subject) -> Section:
+    """Commands, the job, versions and hardware."""
     folder, job = shlex.quote(str(subject.path)), f"{subject.job['name']}.toml"
     commands = [
         f"frostline search {job}           # the job below, saved as a file",
