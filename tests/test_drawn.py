@@ -36,7 +36,8 @@ def test_thinning_keeps_the_best_and_the_order() -> None:
 
 def test_what_was_left_out_is_told() -> None:
     assert drawn.told(5, 5, "trials") == ""
-    assert drawn.told(1500, 10_000, "trials").startswith("Drawn are 1,500 of 10,000 trials")
+    assert drawn.told(1500, 10_000, "trials").startswith("Drawn are 1,500 of 10,000 trials: the best")
+    assert drawn.told(30, 99, "classes", "the worst") == "Drawn are 30 of 99 classes: the worst. "
 
 
 def test_complete_trials_come_before_pruned_ones_and_failures_last() -> None:

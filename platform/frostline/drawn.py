@@ -124,11 +124,11 @@ def thinned(trials: Sequence[Mapping[str, Any]], most: int, mode: Mode) -> list[
     return [trial for trial in trials if trial["trial_id"] in best or trial["trial_id"] in kept]
 
 
-def told(drawn: int, of: int, what: str) -> str:
+def told(drawn: int, of: int, what: str, which: str = "the best, and others at equal distances") -> str:
     """What was thinned, as a sentence; empty where nothing was."""
     if drawn == of:
         return ""
-    return f"Drawn are {drawn:,} of {of:,} {what}: the best, and others at equal distances. "
+    return f"Drawn are {drawn:,} of {of:,} {what}: {which}. "
 
 
 def curves(study: str | Path, trial_ids: Sequence[str]) -> list[dict[str, Any]]:

@@ -127,9 +127,7 @@ def mistakes(subject: Subject, pictures: Pictures) -> Section:
         for j in shown
     ]
     chart = charts.confusion(rows, [classes[i] for i in shown])
-    caption = drawn.told(len(shown), len(classes), "classes").replace(
-        "the best, and others at equal distances", "those with most mistakes"
-    )
+    caption = drawn.told(len(shown), len(classes), "classes", "those with most mistakes")
     caption += f"All {found.trials} confirmations of {winner.label} together. Grey cells are right, blue ones wrong."
     wrong = sorted(
         (row for row in rows if row["label"] != row["predicted"] and row["count"]), key=lambda row: -row["count"]
