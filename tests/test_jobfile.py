@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from pydantic import BaseModel
 
-from frostline.jobfile import MAX_JOB_BYTES, JobError, known_keys, load_job, parse_job
+from frostline.jobfile import MAX_JOB_BYTES, JobError, as_toml, known_keys, load_job, parse_job
 from frostline.spec import Arm, Job, Range, searchable_fields, section_models
 
 BASE = """
@@ -567,3 +567,18 @@ def test_known_keys_are_those_of_the_models() -> None:
     assert len(known_keys()) == len(set(known_keys()))
     assert all(issubclass(model, BaseModel) for model in section_models().values())
     assert all(re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", key) for key in known_keys())
+
+
+def test_a_job_is_written_as_it_was_read() -> None:
+    raw = {
+        "name": "x",
+        "data": {"path": 'a "b"\\ü', "per_class": None},
+        "arms": {
+            "space": {
+                "strategy": "full",
+                "space": {"train.lr": {"low": 1e-5, "high": 0.1, "log": True}, "head.hidden": [0, 16]},
+            }
+        },
+    }
+    text = "\n".join(as_toml(raw))
+    assert parse_job(tomllib.loads(text)) == parse_job({**raw, "data": {"path": raw["data"]["path"]}})

@@ -14,7 +14,10 @@ from frostline.inline import run_inline
 from frostline.jobfile import load_job, parse_job
 from frostline.prepare import prepare
 from frostline.progress import Progress
+from frostline.refresh import refreshing
 from frostline.spec import Job
+from frostline.study import Snapshot
+from frostline.text import plain
 
 
 class SearchFailedError(RuntimeError):
@@ -34,6 +37,8 @@ def search(
     `job` is a job file or a `Job`; `overrides` are `key=value` strings that are laid over it. The search runs on a local Ray
     that is started and stopped for it, on the cluster at `address`, or (`inline`) in this process.
 
+    At the end, and now and then before, report.html is written into that folder.
+
     Raises a ValueError that lists what is wrong with the job, data or backbone; StudyBusy while another process holds
     the study; SearchFailedError where every trial failed.
     """
@@ -47,11 +52,16 @@ def search(
         raise ValueError(f"job {job.name!r} has no arms to search; add [arms.NAME] with a strategy and a space")
     console = console or Console(stderr=True)
     who = {"driver": os.getpid()}
-    with Progress(console) as progress:
+    with Progress(console) as progress, refreshing(job.folder) as report:
+
+        def show(snapshot: Snapshot) -> None:
+            progress.show(snapshot)
+            report.look()
+
         prepared = prepare(job, progress.decoding)
         facts = None if address else facts_of(prepared)  # of this machine, unless trials run on others
         splits = splits_table(prepared.dataset)
-        run = {"who": who, "show": progress.show}
+        run = {"who": who, "show": show}
         if inline:
             assert facts is not None
             last = run_inline(prepared.job, facts, splits, **run)
@@ -60,6 +70,7 @@ def search(
 
             last = run_tune(prepared.job, facts, splits, **run, address=address)
     folder = job.folder
+    _write_report(folder, console)
     if last.best is None:
         raise SearchFailedError(f"none of {last.done} trials completed; `frostline results {folder}` says why")
     if last.confirmed_complete < last.to_confirm:
@@ -68,3 +79,13 @@ def search(
             f"{lost} of {last.to_confirm} confirmations failed; `frostline results {folder}` says why"
         )
     return folder
+
+
+def _write_report(folder: Path, console: Console) -> None:
+    try:
+        from frostline.report import write_report  # the plotting library takes a moment to import
+
+        write_report(folder)
+    except Exception as error:  # noqa: BLE001 (the rows are there, and a report can be made of them at any time)
+        said = f"no report was written ({type(error).__name__}: {error}); `frostline report {folder}` tries again"
+        console.print(plain(said), soft_wrap=True)

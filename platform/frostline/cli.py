@@ -1,4 +1,4 @@
-"""The command line: `frostline search | plan | results | compare | features | schema | init`."""
+"""The command line: `frostline search | plan | results | compare | report | features | schema | init`."""
 
 from __future__ import annotations
 
@@ -101,6 +101,14 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--json", action="store_true", help="all of it as JSON, curves and seeds included")
     how.add_argument("--markdown", action="store_true", help="the same tables as Markdown")
 
+    reported = _command(
+        commands, "report", _report, "write a study's report: one HTML file that needs nothing beside it"
+    )
+    reported.add_argument("study", help="the study's folder; it may be running")
+    reported.add_argument(
+        "--out", metavar="PATH", help="where to write it (default: report.html in the study's folder)"
+    )
+
     stored = commands.add_parser(
         "features", help="list, verify or clean a feature store", description="List, verify or clean a feature store."
     )
@@ -143,7 +151,10 @@ def _add_root(parser: argparse.ArgumentParser) -> None:
 def _search(arguments: argparse.Namespace) -> int:
     job = load_job(arguments.job, arguments.overrides)
     frostline.search(job, inline=arguments.inline, address=arguments.address)
-    results.render(job.folder, _stdout())
+    console = _stdout()
+    results.render(job.folder, console)
+    if (report := job.folder / "report.html").is_file():
+        console.print(Text(f"report: {report}"), soft_wrap=True)
     return 0
 
 
@@ -176,6 +187,13 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(markdown(found))
     else:
         render(found, _stdout())
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from frostline.report import write_report
+
+    print(write_report(arguments.study, Path(arguments.out) if arguments.out else None))
     return 0
 
 

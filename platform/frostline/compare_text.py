@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -15,7 +14,7 @@ from frostline.across import Across
 from frostline.arms import ArmResult
 from frostline.compare import COSTS, Comparison, Task
 from frostline.stats import BINS, REPLICATES, Interval
-from frostline.text import count, plain, print_whole, short
+from frostline.text import brief, count, plain, print_whole
 
 SIGNS = {"better": ">", "better here": "≥", "not distinguishable": "≈", "not compared": "?"}
 """Between the names of two arms."""
@@ -54,7 +53,7 @@ def render(comparison: Comparison, console: Console) -> None:
             for line in grid.below:
                 print_whole(plain(line), console)
         console.print()
-    for line in _claims(comparison):
+    for line in claims(comparison):
         print_whole(plain(line), console)
 
 
@@ -70,7 +69,7 @@ def markdown(comparison: Comparison) -> str:
                 f"| {' | '.join(map(_escaped, row))} |" for row in (names, *(row.values() for row in grid.rows))
             )
             lines += [f"### {_escaped(grid.title)}", "", head, f"| {rule} |", *body, *_bullets(grid.below), ""]
-    return "\n".join([*lines, *_bullets(list(_claims(comparison)))[1:]])
+    return "\n".join([*lines, *_bullets(list(claims(comparison)))[1:]])
 
 
 def _bullets(lines: Sequence[str]) -> list[str]:
@@ -115,21 +114,26 @@ def _ranks(across: Across) -> Grid:
 
 
 def _grids(task: Task, metric: str) -> Iterator[Grid]:
+    found = (arms_grid(task, metric), pairs_grid(task), configs_grid(task), budgets_grid(task), importance_grid(task))
+    yield from (grid for grid in (*found, fronts_grid(task)) if grid)
+
+
+def arms_grid(task: Task, metric: str) -> Grid | None:
+    """The arms that are confirmed, on test; None where none is."""
     confirmed = [arm for arm in task.arms if arm.confirmations]
-    if confirmed:
-        yield Grid("Arms, on test", [_arm(arm, metric) for arm in confirmed])
-    if task.pairs:
-        yield _pairs(task)
+    return Grid("Arms, on test", [_arm(arm, metric) for arm in confirmed]) if confirmed else None
+
+
+def configs_grid(task: Task) -> Grid | None:
+    """The best configuration of each arm, and which of its values are at the edge of their range."""
     configs = [_config(arm) for arm in task.arms if arm.finalist]
-    if configs:
-        yield Grid("Best configurations, by validation", configs, prose=True)
-    curves = [arm for arm in task.arms if arm.search.curve]
-    if curves:
-        yield _budgets(curves)
+    return Grid("Best configurations, by validation", configs, prose=True) if configs else None
+
+
+def importance_grid(task: Task) -> Grid:
+    """What decided, in each arm, or why nothing is said of it."""
     title = "What decided whether a trial was among the best of its arm (PED-ANOVA)"
-    yield Grid(title, [{"arm": arm.label, "importance": _importance(arm)} for arm in task.arms], prose=True)
-    if len(confirmed) > 1:
-        yield _fronts(task, confirmed)
+    return Grid(title, [{"arm": arm.label, "importance": _importance(arm)} for arm in task.arms], prose=True)
 
 
 def _arm(arm: ArmResult, metric: str) -> dict[str, str]:
@@ -150,7 +154,10 @@ def _arm(arm: ArmResult, metric: str) -> dict[str, str]:
     }
 
 
-def _pairs(task: Task) -> Grid:
+def pairs_grid(task: Task) -> Grid | None:
+    """Arms against each other; None where there are no two."""
+    if not task.pairs:
+        return None
     rows = [
         {
             "pair": f"{pair.a} {SIGNS[pair.verdict]} {pair.b}",
@@ -181,18 +188,21 @@ def _pairs(task: Task) -> Grid:
 def _config(arm: ArmResult) -> dict[str, str]:
     found = arm.finalist
     assert found
-    values = ", ".join(f"{key} {_value(value)}" for key, value in found.config.items()) or "nothing is searched"
+    values = ", ".join(f"{key} {brief(value)}" for key, value in found.config.items()) or "nothing is searched"
     edges = [
         f". {edge['key']} is at the {'lower' if edge['end'] == 'low' else 'upper'} end of its range, "
-        f"{_value(edge['low'])} to {_value(edge['high'])}: widen it"
+        f"{brief(edge['low'])} to {brief(edge['high'])}: widen it"
         for edge in found.edges
     ]
     val = "" if found.val_score is None else f"{found.val_score:.4f}"
     return {"arm": arm.label, "val": val, "trial and values": f"{found.trial_id}: {values}{''.join(edges)}"}
 
 
-def _budgets(arms: Sequence[ArmResult]) -> Grid:
-    """The expected best validation score of 1, 2, 4 … trials."""
+def budgets_grid(task: Task) -> Grid | None:
+    """The expected best validation score of 1, 2, 4 … trials; None where there are too few for any."""
+    arms = [arm for arm in task.arms if arm.search.curve]
+    if not arms:
+        return None
     curves = {arm.label: {point["trials"]: point["score"] for point in arm.search.curve} for arm in arms}
     most = max(max(curve) for curve in curves.values())
     budgets = [2**power for power in range(int(most).bit_length())][-BUDGETS:]
@@ -214,7 +224,11 @@ def _importance(arm: ArmResult) -> str:
     return ", ".join(f"{key} {share:.0%}" for key, share in shares.items())
 
 
-def _fronts(task: Task, arms: Sequence[ArmResult]) -> Grid:
+def fronts_grid(task: Task) -> Grid | None:
+    """Which arms are on the front of score against each cost; None where there are no two that are confirmed."""
+    arms = [arm for arm in task.arms if arm.confirmations]
+    if len(arms) < 2:
+        return None
     names = dict(zip(COSTS, ("alone s", "peak MiB", "trainable", "stored"), strict=True))
     cells = {
         (cost, point["label"]): f"{'yes' if point['non_dominated'] else 'no'} ({point['share']:.0%})"
@@ -228,7 +242,7 @@ def _fronts(task: Task, arms: Sequence[ArmResult]) -> Grid:
     return Grid(title, rows)
 
 
-def _claims(comparison: Comparison) -> Iterator[str]:
+def claims(comparison: Comparison) -> Iterator[str]:
     """What the numbers stand on."""
     if not any(arm.confirmations for task in comparison.tasks for arm in task.arms):
         return
@@ -283,10 +297,3 @@ def _p(value: float | None) -> str:
 
 def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
-
-
-def _value(value: Any) -> str:
-    """A searched value: `8.1e-2`, `0.75`, `64`, `batch`."""
-    if not isinstance(value, float):
-        return str(value)
-    return short(value) if 0 < abs(value) < 0.1 else f"{value:.3g}"

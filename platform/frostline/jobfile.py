@@ -333,3 +333,29 @@ def _toml(value: Any, at_most: int = 80) -> str:
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | int | float) else str(value)
     text = text if len(text) <= at_most else f"{text[:at_most]}…"
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def as_toml(values: Mapping[str, Any], section: str = "") -> list[str]:
+    """Lines of a job file that hold these JSON values; what is None is left out, which is what it stands for."""
+    lines, below = [], []
+    for key, value in values.items():
+        name = _toml_key(key)
+        if isinstance(value, Mapping) and not section.endswith(".space"):
+            inner = f"{section}.{name}" if section else name
+            below += ["", f"[{inner}]", *as_toml(value, inner)]
+        elif value is not None:
+            lines.append(f"{name} = {_toml_value(value)}")
+    return lines + below
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        inside = ", ".join(f"{_toml_key(key)} = {_toml_value(each)}" for key, each in value.items() if each is not None)
+        return f"{{ {inside} }}"
+    return (
+        f"[{', '.join(map(_toml_value, value))}]" if isinstance(value, list) else json.dumps(value, ensure_ascii=False)
+    )

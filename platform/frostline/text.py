@@ -25,6 +25,18 @@ def count(value: int | None) -> str:
     return f"{scaled:.{int(scaled < 100)}f}{unit}"
 
 
+def decimals(value: float | None) -> str:
+    """A score: `0.9512`."""
+    return "" if value is None else f"{value:.4f}"
+
+
+def brief(value: Any) -> str:
+    """A searched value: `8.1e-3`, `0.75`, `64`, `batch`."""
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return short(value) if 0 < abs(value) < 0.1 else f"{value:.3g}"
+
+
 def duration(seconds: float) -> str:
     """`2 h 3 min`, `3 min 42 s`, `4.2 s`."""
     minutes, rest = divmod(round(seconds), 60)
