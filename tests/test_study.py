@@ -21,11 +21,12 @@ from frostline import results
 from frostline.claim import StudyMismatchError, differences
 from frostline.commit import StudyBusy
 from frostline.costs import StageTimes, alone_seconds
+from frostline.depths import depth_of
 from frostline.extract import Shard, Supply
 from frostline.finalists import Finished, best_of, choose_finalists
 from frostline.propose import Proposer
 from frostline.rows import describe, summarise
-from frostline.spec import Job, TrialSpec, depth_of
+from frostline.spec import Job, TrialSpec
 from frostline.store import Store, key_of
 from frostline.study import Study
 from frostline.testing import toy_job

@@ -17,9 +17,10 @@ from frostline.backbone import Backbone, load_backbone
 from frostline.closedform import pooled_width
 from frostline.commit import published, verify_folder
 from frostline.cuts import cut_at, leave_at
+from frostline.depths import end_of
 from frostline.freeze import Applied, Network, apply_plan, compile_plan, pretrained_names
 from frostline.head import build_head
-from frostline.spec import TrialSpec, end_of
+from frostline.spec import TrialSpec
 
 FORMAT = 1
 

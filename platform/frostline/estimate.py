@@ -16,11 +16,12 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from frostline.closedform import pooled_width
 from frostline.costs import Choice, StageTimes, choose_cuts, measure, resumable, trial_seconds
+from frostline.depths import depth_of, end_of
 from frostline.ledger import COMMIT_ROWS, COMMIT_SECONDS
 from frostline.pack import SUFFIXES
 from frostline.prepare import Prepared
 from frostline.propose import distributions
-from frostline.spec import Arm, Freeze, Head, Job, Pruner, Range, Resources, depth_of, end_of
+from frostline.spec import Arm, Freeze, Head, Job, Pruner, Range, Resources
 from frostline.stages import StageCost
 from frostline.world import gpus_of_a_trial, trials_at_once
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from frostline.closedform import pooled, pooled_width
 from frostline.data import subset
+from frostline.depths import cut_of, end_of
 from frostline.features import EVAL_BATCH, Feed, Origin, chunks, to_rows
-from frostline.spec import Resources, TrialSpec, cut_of, end_of
+from frostline.spec import Resources, TrialSpec
 from frostline.store import Store, key_of
 from frostline.trial import origin_of
 from frostline.world import World

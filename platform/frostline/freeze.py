@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from frostline.backbone import Backbone, Stage
-from frostline.spec import Freeze, depth_of
+from frostline.depths import depth_of
+from frostline.spec import Freeze
 
 HEAD = "head"
 

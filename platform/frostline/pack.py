@@ -19,12 +19,13 @@ from torch import Tensor
 
 from frostline.backbone import Backbone
 from frostline.data import subset
+from frostline.depths import cut_of, end_of
 from frostline.features import Feed, Origin
 from frostline.freeze import Applied, FreezeError, Network, Plan, apply_plan, compile_plan
 from frostline.head import set_probe
 from frostline.lanes import Lane, train_lanes
 from frostline.rows import Cost, describe, describe_data, describe_network, summarise
-from frostline.spec import TrialSpec, cut_of, end_of
+from frostline.spec import TrialSpec
 from frostline.train import Batches, EpochRecord, predict
 from frostline.trial import Outcome, confirm, failed, head_of, origin_of, trial_steps
 from frostline.weights import hash_weights

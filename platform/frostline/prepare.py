@@ -10,9 +10,10 @@ from typing import Any
 from frostline.backbone import Backbone, BackboneError, load_backbone
 from frostline.cuts import cut_at
 from frostline.data import Dataset, load_data, subset
+from frostline.depths import depth_of, end_of
 from frostline.files import locate
 from frostline.propose import distributions, entries_of
-from frostline.spec import Head, Job, depth_of, derive_seed, end_of
+from frostline.spec import Head, Job, derive_seed
 from frostline.world import find_device, hardware, versions
 
 

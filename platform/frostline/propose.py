@@ -20,22 +20,10 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
+from frostline.depths import end_of, stages_of
 from frostline.halving import Scores, build_rule
 from frostline.sampler import BatchSampler, Point, frozen
-from frostline.spec import (
-    DEPTHS,
-    Arm,
-    Head,
-    Job,
-    Range,
-    Sampler,
-    Scalar,
-    derive_seed,
-    end_of,
-    holds_integers,
-    is_searched,
-    stages_of,
-)
+from frostline.spec import DEPTHS, Arm, Head, Job, Range, Sampler, Scalar, derive_seed, holds_integers, is_searched
 
 FITS = (
     32  # at least, of an arm's model: batches are then no worse than one proposal at a time (benchmarks/proposals.py)

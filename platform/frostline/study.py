@@ -25,25 +25,14 @@ from frostline import results
 from frostline.claim import record_job, take_lease
 from frostline.commit import clean, publish_folder
 from frostline.costs import alone_seconds, times_of
+from frostline.depths import cut_of, end_of
 from frostline.extract import Supply, Survey
 from frostline.finalists import Finished, best_of, choose_finalists, remember
 from frostline.ledger import Ledger
 from frostline.pack import take_pack
 from frostline.probes import Probe, best_probe
 from frostline.propose import Proposer, batch
-from frostline.spec import (
-    Config,
-    Job,
-    Mode,
-    Round,
-    Seeds,
-    TrialSpec,
-    configure,
-    confirm_seeds,
-    cut_of,
-    end_of,
-    search_seeds,
-)
+from frostline.spec import Config, Job, Mode, Round, Seeds, TrialSpec, configure, confirm_seeds, search_seeds
 from frostline.store import Store
 from frostline.train import EpochRecord
 from frostline.trial import Outcome, lost

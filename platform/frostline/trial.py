@@ -16,6 +16,7 @@ from frostline.backbone import load_backbone
 from frostline.bundle import bundle_files
 from frostline.cuts import leave_at, pooled_cut, resume, round_at
 from frostline.data import load_data, subset
+from frostline.depths import end_of
 from frostline.features import Feed, Origin, on_device
 from frostline.freeze import Applied, FreezeError, Network, Plan, apply_plan, compile_plan, fixed_hash
 from frostline.head import build_head, set_probe
@@ -29,7 +30,7 @@ from frostline.rows import (
     score_on_test,
     summarise,
 )
-from frostline.spec import TrialSpec, end_of
+from frostline.spec import TrialSpec
 from frostline.train import Batches, EpochRecord, Seeding, predict, recalibrate, train_steps
 from frostline.world import World, autocast_dtype
 
