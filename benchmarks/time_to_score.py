@@ -1,7 +1,7 @@
 """Seconds until the best validation accuracy reaches a target, against Ray Tune with OptunaSearch and ASHA.
 
 Both search the same space (freeze depth x where the head stands x learning rate x head learning rate x head width) for
-scikit-learn's digits at 128 px under EfficientNet-Lite0 (ImageNet weights), 10 train images a class, with the same number of trials at once, up to 9
+scikit-learn's digits at 96 px under EfficientNet-Lite0 (ImageNet weights), 10 train images a class, with the same number of trials at once, up to 9
 epochs each, successive halving with the same rungs, TPE that draws its first 10 trials at random, and the same two
 configurations first. Theirs is Tune as documented, a function that reports after every epoch, and spares what an expert
 would spare: worker processes are reused, each loads data and backbone once, and what is frozen has no backward pass. It
@@ -24,7 +24,7 @@ function runs it, alone and with nothing stored.
 Few images and a backbone that serves them favour us: where full fine-tuning of many images wins the search, both sides spend
 their time on the same steps. `--per-class 32 --pixels 64` is such a case.
 
-    python benchmarks/time_to_score.py [--rounds 10] [--trials 24] [--per-class 10] [--pixels 128]
+    python benchmarks/time_to_score.py [--rounds 10] [--trials 24] [--per-class 10] [--pixels 96]
                                        [--init probe] [--their-init random] [--quick]
 """
 
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="seeds")
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--per-class", type=int, default=10, help="train images a class")
-    parser.add_argument("--pixels", type=int, default=128, help="side of the images")
+    parser.add_argument("--pixels", type=int, default=96, help="side of the images")
     parser.add_argument("--init", default="probe", help="head.init on our side")
     parser.add_argument("--their-init", default="random", help="head.init on their side")
     parser.add_argument("--quick", action="store_true", help="a toy of it in less than a minute: 1 seed, 6 trials")

@@ -415,7 +415,7 @@ def test_batches_find_what_single_proposals_find() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["branin", "hartmann6", "ackley5", "ackley_mixed", "rosenbrock_mixed", "digits_table"])
+@pytest.mark.parametrize("name", ["branin", "hartmann6", "ackley5", "ackley_mixed", "rosenbrock_mixed", "recorded"])
 def test_regret_is_no_worse_than_one_by_one(name: str) -> None:
     """By more than twice its standard error, over 20 paired seeds."""
     logs = load_benchmark().compare(name, trials=256, rounds=20, lanes=64)["logs"]["batches"]

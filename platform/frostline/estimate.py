@@ -173,7 +173,7 @@ def estimate(
     searched = max(shown, sizes.n_train) * probed, sizes.n_val * probed
     confirmed = shown * redrawn * bool(stored), sizes.n_test * (confirmations > 0) * bool(stored)
     kept_bytes = (shown * (1 + redrawn) + sizes.n_val + confirmed[1]) * sum(stored.values())
-    kept_bytes += (sizes.n_train + sizes.n_val) * means * probed
+    kept_bytes += sum(searched) * means
     extraction_s = kept_bytes / times.read_bytes_per_s  # to write is taken to cost what reading does
     extraction_s += sum(searched) * times.forward_s + (searched[0] + confirmed[0]) * times.view_s
     extraction_s += sum(confirmed) * times.prefix_s[max(stored, default=0)]
