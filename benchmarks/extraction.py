@@ -83,7 +83,7 @@ def main() -> None:
         def extraction(cuts: tuple[int, ...]) -> float:
             store.clean()
             started = time.perf_counter()
-            extract(Shard(spec, cuts, None, samples), feed, world)
+            extract(Shard(spec, cuts, (), None, samples), feed, world)
             return time.perf_counter() - started
 
         found = interleaved(
