@@ -103,7 +103,7 @@ def survey(question: Survey, world: World, hold: Hold) -> Supply:
                 cut_of(spec.config, len(origin.backbone.stages)),
                 end_of(spec.config.head, len(origin.backbone.stages)),
             )
-            cuts, means = ((cut,) * (spec.cached and kind) for kind in (cut < end, cut == end))
+            cuts, means = (cut,) * (spec.cached and cut < end), (cut,) * spec.cached  # means for studies to come
         wanted += needs(spec, cuts, means, origin)
     features = question.specs[0].features
     assert features.path is not None

@@ -372,9 +372,12 @@ class Study:
         )
 
     def _is_cached(self, config: Config) -> bool:
-        """Whether what the trial reads is stored: of heads on fewer stages than all, that is the mean over positions."""
+        """Whether what the trial reads is stored: activations at its cut or, where only a head trains, their means over
+        positions, which are there for all heads in closed form."""
         cut, end = cut_of(config, self.stages), end_of(config.head, self.stages)
-        return cut in (self.probed_cuts if cut == end < self.stages else self.cached_cuts)
+        if cut == end and cut in self.probed_cuts:
+            return True
+        return cut in self.cached_cuts and (cut < end or end == self.stages)
 
     def _alone_s(self, row: Mapping[str, Any]) -> float | None:
         """What the trial would have taken by itself; null where its cut, its data or the cost of a stage is not known."""
