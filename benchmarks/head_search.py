@@ -20,7 +20,8 @@ are measured once per machine. `b0`, `b1`, `b2` are times over ours end to end. 
 epochs, B0 and B1 from fewer trials too, as `measured` says; what does not grow with these (imports, Ray's start, Tune's
 and Optuna's own work) is left out, which favours them. `cpu_ratio` is of CPU seconds. `equal_scores` says whether the
 validation scores of ours and of every other side, which trained the same trials equally long, agree trial by trial within
-NLL_TOLERANCE and IMAGES_TOLERANCE (of `differences`, the largest found).
+NLL_TOLERANCE and IMAGES_TOLERANCE, MLP heads within MLP_NLL_TOLERANCE and MLP_IMAGES_TOLERANCE (of `differences`, the largest
+found).
 
     python benchmarks/head_search.py [--rounds 5] [--searches 3] [--quick]
 """
@@ -69,6 +70,9 @@ CORES = os.cpu_count() or 1
 DECAYS = (0.0, 1e-3, 1e-2, 1e-1)
 RATES = (1e-4, 1e-2)  # the ends of the grid's
 NLL_TOLERANCE, IMAGES_TOLERANCE = 1e-4, 1  # nats, and val images: float32, in other orders of sums
+MLP_NLL_TOLERANCE, MLP_IMAGES_TOLERANCE = 2e-2, 6
+"""For MLP heads, on features that differ in their last bits: AdamW and ReLU amplify these, so that the plain loop differs from
+itself by 6e-3 nats where the samples of a mini-batch are reversed. On the same features ours and the loop differ by 4e-8."""
 
 Score = tuple[float, float]
 """Mean negative log-likelihood and accuracy on val, after the last epoch."""
@@ -448,6 +452,13 @@ def compare(differences: Differences, name: str, ours: Mapping[str, Score], thei
     differences[name] = nll, accuracy
 
 
+def agree(name: str, nll: float, accuracy: float, val_images: float) -> bool:
+    """Whether a side's largest differences from ours are within tolerance."""
+    mlp = "MLP" in name
+    images = MLP_IMAGES_TOLERANCE if mlp else IMAGES_TOLERANCE
+    return nll <= (MLP_NLL_TOLERANCE if mlp else NLL_TOLERANCE) and accuracy <= (images + 0.5) / val_images
+
+
 def end_to_end(plan: Plan, root: Path, searches: int, differences: Differences) -> dict[str, Any]:
     """Whole searches, each by a process of its own; the last ones stay in `root`/ours and `root`/b3."""
     quick = ["--quick"] if plan is QUICK else []
@@ -581,15 +592,12 @@ def main() -> None:
             linear, mlp64, mlp256 = (after_extraction(load, root, workers, rounds, differences) for load in plan.packs)
         seconds, measured = slow_rungs(plan, root, differences)
         counts = counts_of(root / "ours" / "study")
-    images_tolerance = (IMAGES_TOLERANCE + 0.5) / counts["val_images"]
     say(
         "head_search",
         {
             **linear,
             "counts": counts,
-            "equal_scores": all(
-                nll <= NLL_TOLERANCE and accuracy <= images_tolerance for nll, accuracy in differences.values()
-            ),
+            "equal_scores": all(agree(name, *found, counts["val_images"]) for name, found in differences.items()),
             **{rung: seconds[rung] / whole["ours_s"] for rung in ("b0", "b1", "b2")},
             "end_to_end": whole,
             "mlp64": mlp64,
