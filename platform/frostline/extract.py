@@ -104,7 +104,7 @@ def survey(question: Survey, world: World, hold: Hold) -> Supply:
                 end_of(spec.config.head, len(origin.backbone.stages)),
             )
             cuts, means = (cut,) * (spec.cached and cut < end), (cut,) * spec.cached  # means for studies to come
-        wanted += needs(spec, cuts, means, origin)
+        wanted += needs(spec, cuts, means, origin, probed=question.means)
     features = question.specs[0].features
     assert features.path is not None
     store = Store(features.path)
@@ -121,10 +121,13 @@ def survey(question: Survey, world: World, hold: Hold) -> Supply:
     return Supply(features.path, tuple(sorted(keys)), tuple(found))
 
 
-def needs(spec: TrialSpec, cuts: Iterable[int], means: Collection[int], origin: Origin) -> list[Need]:
+def needs(
+    spec: TrialSpec, cuts: Iterable[int], means: Iterable[int], origin: Origin, *, probed: Iterable[int] = ()
+) -> list[Need]:
     """What a trial like this one reads, were its cut any of `cuts`, or were it to train nothing but a head at any of `means`:
     its train samples under every view that is stored, its val samples, and in a confirmation those of test, as they are.
-    And for heads in closed form, and those that start at them, its train samples as the first epoch shows them."""
+    And for heads in closed form at the cuts of `probed`, and for one that starts there, its train samples as the first
+    epoch shows them."""
     dataset, views = origin.dataset, spec.augment.views
     plain = [dataset.indices("val")] + [dataset.indices("test")] * (spec.round == "confirm")
     train = subset(dataset, spec.data.per_class, spec.seeds.subset)
@@ -137,7 +140,7 @@ def needs(spec: TrialSpec, cuts: Iterable[int], means: Collection[int], origin: 
         for cut, mean in [*((cut, False) for cut in cuts), *((cut, True) for cut in means)]
         for view, which in [(None, samples), *((view, train) for view in shown)]
     ]
-    starts = {*means, *[end_of(spec.config.head, len(origin.backbone.stages))] * spec.start_stored}
+    starts = {*probed, *[end_of(spec.config.head, len(origin.backbone.stages))] * spec.start_stored}
     return [*found, *(Need(spec, cut, origin.view(1), train, mean=True) for cut in sorted(starts))]
 
 
