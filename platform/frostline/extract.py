@@ -99,10 +99,8 @@ def survey(question: Survey, world: World, hold: Hold) -> Supply:
         origin = origin_of(spec, world)
         cuts, means = question.cuts, question.means
         if cuts is None:
-            cut, end = (
-                cut_of(spec.config, len(origin.backbone.stages)),
-                end_of(spec.config.head, len(origin.backbone.stages)),
-            )
+            stages = len(origin.backbone.stages)
+            cut, end = cut_of(spec.config, stages), end_of(spec.config.head, stages)
             cuts, means = (cut,) * (spec.cached and cut < end), (cut,) * spec.cached  # means for studies to come
         wanted += needs(spec, cuts, means, origin, probed=question.means)
     features = question.specs[0].features

@@ -112,7 +112,7 @@ class Study:
     def ask(self, share: int = 1) -> list[TrialSpec]:
         """The next pack to run, where `share` packs can run at once; nothing where none can start now (see `done`).
 
-        Trials are proposed in batches, and of those that wait the ones that train least go first.
+        Trials are proposed in batches; of those that wait, strong defaults go first, then the ones that train least.
         """
         if not self.waiting:
             self.waiting = self._next_search() or self._next_confirms()
