@@ -1,7 +1,7 @@
 """What a trial costs beside its training: CPU time per trivial trial of a 10,000-trial study, and memory that grows with it.
 
 The trials do nothing but report one epoch. All else is real: TPE proposes them over four dimensions, they train together in
-packs, each of which is a Ray Tune trial, report to the study, and have an epoch and a row in its Parquet. Beside it is Ray
+packs report to the study, and have an epoch and a row in its Parquet. Beside it is Ray
 Tune with OptunaSearch, reused actors and as many trials at once, over the same space, with fewer trials: its cost per trial
 grows with their number, and is not scaled. CPU time is that of the whole process tree (driver, study, raylet, workers)
 less what runs of 10 trials take (their median), which is start and stop. The ratio is our milliseconds of CPU per trial. Memory is what
@@ -46,10 +46,11 @@ def ours(trials: int) -> dict[str, Any]:
     from frostline.testing import toy_job
     from frostline.train import EpochRecord
     from frostline.trial import Outcome
-    from frostline.tune import TrialActor, run_tune
+    from frostline.tune import run_tune
+    from frostline.worker import Worker
     from frostline.world import World
 
-    class Trivial(TrialActor):
+    class Trivial(Worker):
         def run(self, specs: Sequence[TrialSpec], report: Report, finish: Finish) -> None:
             records, world = {}, World.here(specs[0].resources)
             for spec in specs:

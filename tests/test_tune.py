@@ -105,20 +105,25 @@ from frostline.data import splits_table
 from frostline.estimate import facts_of
 from frostline.prepare import prepare
 from frostline.testing import toy_job
-from frostline.tune import TrialActor, run_tune
+from frostline.tune import run_tune
+from frostline.worker import Worker
 
 log = Path(sys.argv[1]).parent / "steps"
 deaths = sys.argv[2:]
 
-class Mortal(TrialActor):
-    def step(self):
+class Mortal(Worker):
+    def note(self):
         with log.open("a") as file:
             file.write("x")
         if str(log.stat().st_size) in deaths:
             os._exit(1)
-        return super().step()
+
+    def prepare(self, work):
+        self.note()
+        return super().prepare(work)
 
     def run(self, specs, report, finish):
+        self.note()
         if any(spec.number == 1 and spec.round == "search" for spec in specs):
             os._exit(1)
         return super().run(specs, report, finish)

@@ -114,11 +114,11 @@ class Study:
 
         Trials are proposed in batches; of those that wait, strong defaults go first, then the ones that train least.
         """
+        free = max(1, share - len({running.pack for running in self.running.values()}))
         if not self.waiting:
-            self.waiting = self._next_search() or self._next_confirms()
+            self.waiting = self._next_search(free) or self._next_confirms()
         if not self.waiting:
             return []
-        free = max(1, share - len({running.pack for running in self.running.values()}))
         first, *others = self.waiting
         beside = [] if first.lost else [each.spec for each in others if not each.lost]
         specs = take_pack([first.spec, *beside], self.stages, self.job.search.lanes, free)
@@ -303,9 +303,9 @@ class Study:
     def _search_left(self) -> int:
         return sum(self.shares[name] - proposer.asked for name, proposer in self.proposers.items())
 
-    def _next_search(self) -> list[Running]:
-        """A batch of proposals of the arm that has proposed least: its strong defaults first, of these and of the others
-        those that train least."""
+    def _next_search(self, packs: int) -> list[Running]:
+        """A batch of proposals, for as many packs at most, of the arm that has proposed least: its strong defaults first, of
+        these and of the others those that train least."""
         open_arms = [name for name, proposer in self.proposers.items() if proposer.asked < self.shares[name]]
         if not open_arms:
             return []
@@ -313,7 +313,7 @@ class Study:
         proposer, search = self.proposers[name], self.job.search
         first = proposer.asked
         found = []
-        size = batch(proposer.kind, first, self.shares[name], search.lanes, search.startup_trials)
+        size = batch(proposer.kind, first, self.shares[name], search.lanes * packs, search.startup_trials)
         for number, values in enumerate(proposer.ask(size), first):
             running = Running(self._search_spec(name, number, values), ask_seq=self._next_seq())
             found.append(running)

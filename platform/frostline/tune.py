@@ -1,7 +1,8 @@
-"""A study on Ray: Tune places trials and reuses their actors; the study itself is one actor beside the driver.
+"""A study on Ray: Tune places workers and replaces those that die; the study itself is one actor beside the driver.
 
-Tune sees only the start and the end of a trial. Epochs go from the worker straight to the study, which answers whether
-to go on, so that Tune's result loop, loggers and schedulers have no part in it.
+To Tune a worker is one trial from the study's beginning to its end. It asks the study for work, a pack of trials as a rule,
+and epochs go straight to the study, which answers whether to go on: Tune's result loop, loggers and schedulers have no part
+in it. Workers and study start at the same time, and a worker that is ready before the others begins.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,22 +34,14 @@ from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from frostline.estimate import facts_of
-from frostline.extract import Shard, Supply, Survey, extract, survey
-from frostline.features import Feed
-from frostline.pack import Finish, Report, run_pack
+from frostline.owner import StudyActor
 from frostline.prepare import prepare
-from frostline.probes import Probe, probe
-from frostline.spec import Job, TrialSpec
-from frostline.study import Snapshot, Study
-from frostline.train import EpochRecord
-from frostline.trial import Outcome
-from frostline.world import World, gpus_of_a_trial, trials_at_once
-
-Work = Survey | Shard | Probe | list[TrialSpec]
-"""What a Tune trial does; a list is a pack."""
+from frostline.spec import Job
+from frostline.study import Snapshot
+from frostline.worker import Worker
+from frostline.world import gpus_of_a_trial, trials_at_once
 
 POLL_SECONDS = 0.5
-TRIES = 2  # of one piece of work before the trials whose worker dies
 QUIET_LOGGERS = (
     "ray.tune",  # warns of result files that it was told not to write
     "ray._private.authentication.authentication_token_setup",  # says at each start that token authentication is on
@@ -64,172 +56,41 @@ class ClusterError(ConnectionError):
     """A Ray cluster that cannot be reached."""
 
 
-class PreparationError(RuntimeError):
-    """Work that trials wait for, and on which workers die."""
-
-
-class StudyActor:
-    """The study's one owner on a cluster."""
-
-    def open(self, job: Job, facts: Mapping[str, Any], splits: pa.Table, who: Mapping[str, Any]) -> Snapshot:
-        """Begin, or go on with what is in the folder."""
-        self.study = Study(job, facts, splits, who={**who, "pid": os.getpid()})
-        self.assigned: dict[str, Work] = {}  # by Tune trial, whose worker may still be starting
-        self.packs: dict[str, list[TrialSpec]] = {}  # that Tune trials run
-        return self.study.snapshot()
-
-    def ask(self, share: int) -> tuple[Work | None, bool]:
-        """The next piece of work, if one can start now, and whether the study is done."""
-        self.share = share
-        work = self.study.survey(share) or self.study.probe() or self.study.ask(share)
-        return work or None, self.study.done
-
-    def assign(self, tune_id: str, work: Work) -> None:
-        """Have the work of a Tune trial ready: Tune would keep several copies of it to the end."""
-        self.assigned[tune_id] = work
-
-    def take(self, tune_id: str) -> Work:
-        """The work of a Tune trial, whose worker has started."""
-        work = self.assigned.pop(tune_id)
-        if isinstance(work, list):
-            self.packs[tune_id] = work
-        return work
-
-    def more(self, tune_id: str) -> list[TrialSpec]:
-        """Another pack for a Tune trial that has run its own, as long as workers are starting: Tune would give the worker of
-        a trial that ends to one whose own is starting, and stop that, so that short packs would never have more than one."""
-        del self.packs[tune_id]
-        if self.assigned and self.study.searching and (specs := self.study.ask(self.share)):
-            self.packs[tune_id] = specs
-        return self.packs.get(tune_id, [])
-
-    def report(self, records: Mapping[str, EpochRecord]) -> dict[str, bool]:
-        return self.study.report(records)
-
-    def finish(self, outcomes: Mapping[str, Outcome]) -> None:
-        self.study.finish(outcomes)
-
-    def hold(self, root: str, keys: Collection[str]) -> None:
-        self.study.hold(root, keys)
-
-    def supplied(self, supply: Supply) -> None:
-        self.study.supplied(supply)
-
-    def probed(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.study.probed(rows)
-
-    def extracted(self, row: Mapping[str, Any]) -> None:
-        self.study.extracted(row)
-
-    def lose(self, tune_id: str, reason: str) -> None:
-        """Take back what a Tune trial whose worker is gone was running or about to run."""
-        work = self.assigned.pop(tune_id, None) or self.packs.pop(tune_id, [])
-        if isinstance(work, list):
-            self.study.lose([spec.trial_id for spec in work], reason)
-
-    def snapshot(self) -> Snapshot:
-        return self.study.snapshot()
-
-    def close(self) -> Snapshot:
-        self.study.close()
-        return self.study.snapshot()
-
-
 class StudySearcher(Searcher):
-    """What Tune asks for work, each piece of which is a Tune trial: packs, and what they need in the store before that."""
+    """What Tune asks for trials, each of which is a worker: as many as run at once, and others for those that die."""
 
-    def __init__(self, study: Any, share: int) -> None:
+    def __init__(self, study: Any, opening: Any, workers: int) -> None:
         super().__init__()
-        self.study, self.share = study, share
-        self.before: list[Survey | Shard | Probe] = []  # without which nothing else can start
-        self.running: dict[str, Work] = {}
-        self.tries: Counter[int] = Counter()
+        self.study, self.opening, self.workers = study, opening, workers
+        self.running: set[str] = set()
+        self.ended = 0
         self.problem: Exception | None = None
 
     def suggest(self, trial_id: str) -> Any:
-        if self.problem:
-            return Searcher.FINISHED
-        if self.before:
-            work = self.before.pop()
-        elif any(not isinstance(work, list) for work in self.running.values()):
+        """Workers start while the study opens; raises what it finds wrong."""
+        if self.opening and ray.wait([self.opening], timeout=0)[0]:
+            opening, self.opening = self.opening, None
+            ray.get(opening)
+        if len(self.running) == self.workers:
             return None
-        else:
-            work, done = ray.get(self.study.ask.remote(self.share))
-            if work is None:
-                return Searcher.FINISHED if done else None
-        self.running[trial_id] = work
-        ray.get(self.study.assign.remote(trial_id, work))
-        return {"work": trial_id}
+        if self.ended:
+            done, self.problem = ray.get(self.study.standing.remote())
+            if done:
+                return Searcher.FINISHED
+        self.running.add(trial_id)
+        return {"worker": trial_id}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        work, reason = self.running.pop(trial_id), "the worker ended before its result was recorded"
+        self.running.remove(trial_id)
+        self.ended += 1
         if error:
-            ray.get(self.study.lose.remote(trial_id, reason))
-        if isinstance(work, list):
-            return
-        if error:
-            self.tries[id(work)] += 1
-            if self.tries[id(work)] < TRIES:
-                self.before.append(work)
-            else:
-                what = "fitting heads in closed form" if isinstance(work, Probe) else "extracting activations"
-                self.problem = PreparationError(f"{what} failed {TRIES} times: {reason}")
-        else:
-            assert result is not None
-            self.problem = self.problem or result["problem"]
-            self.before += result["shards"]
+            ray.get(self.study.lose.remote(trial_id, "the worker ended before its result was recorded"))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study's rows are the truth."""
 
     def restore(self, checkpoint_path: str) -> None:
         raise AssertionError("a study is restored from its rows")
-
-
-class TrialActor(tune.Trainable):
-    """One process that runs pack after pack, and keeps between them what the next one may need."""
-
-    def setup(self, config: dict[str, Any], study: Any = None) -> None:
-        self.study = study
-        self.feed = Feed()
-        self.work = config["work"]
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.work = new_config["work"]
-        return True
-
-    def step(self) -> dict[str, Any]:
-        """Do a piece of work; answers what is to be extracted, if that was the question, and what went wrong with it."""
-        shards: list[Shard] = []
-        problem: Exception | None = None
-        work: Work = ray.get(self.study.take.remote(self.work))
-        if isinstance(work, list):
-            pack: list[TrialSpec] = work
-            while pack:
-                self.run(
-                    pack,
-                    lambda records: ray.get(self.study.report.remote(records)),
-                    lambda outcomes: ray.get(self.study.finish.remote(outcomes)),
-                )
-                pack = ray.get(self.study.more.remote(self.work))
-        else:
-            world = World.here(work.resources)
-            try:
-                if isinstance(work, Survey):
-                    supply = survey(work, world, lambda root, keys: ray.get(self.study.hold.remote(root, keys)))
-                    ray.get(self.study.supplied.remote(supply))
-                    shards += supply.shards
-                elif isinstance(work, Probe):
-                    ray.get(self.study.probed.remote(probe(work, self.feed, world)))
-                else:
-                    ray.get(self.study.extracted.remote(extract(work, self.feed, world)))
-            except ValueError as error:
-                problem = getattr(error, "cause", error)  # around what the study raised, Ray puts its traceback
-        return {"done": True, "shards": shards, "problem": problem}
-
-    def run(self, specs: Sequence[TrialSpec], report: Report, finish: Finish) -> None:
-        """The trials themselves."""
-        run_pack(specs, feed=self.feed, world=World.here(specs[0].resources), report=report, finish=finish)
 
 
 def run_tune(
@@ -240,7 +101,7 @@ def run_tune(
     who: Mapping[str, Any],
     show: Callable[[Snapshot], None],
     address: str | None = None,
-    trainable: type[TrialActor] = TrialActor,
+    trainable: type[Worker] = Worker,
 ) -> Snapshot:
     """Run the study on the cluster at `address`, or on a local one that is started and stopped here.
 
@@ -255,14 +116,18 @@ def run_tune(
         slots = concurrency(job.resources.cpus, gpus, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         study: Any = ray.remote(num_cpus=0)(StudyActor).options(scheduling_strategy=here).remote()
-        try:
-            if facts is None:
-                found = ray.remote(num_cpus=job.resources.cpus, num_gpus=gpus)(_facts)
+        if facts is None:
+            found = ray.remote(num_cpus=job.resources.cpus, num_gpus=gpus)(_facts)
+            try:
                 facts = ray.get(found.remote(job))
-            show(ray.get(study.open.remote(job, facts, splits, dict(who))))
-        except RayTaskError as error:
-            raise error.cause from None
-        searcher = StudySearcher(study, slots)
+            except RayTaskError as error:
+                raise error.cause from None
+        opening = study.open.remote(job, facts, splits, dict(who), slots)
+        workers = min(slots, max(job.search.trials, job.confirm.seeds))
+        searcher = StudySearcher(study, opening, workers)
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(
+            workers + 1
+        )  # else each waits for the one before to have started
         try:
             with _watching(study, show), tempfile.TemporaryDirectory(prefix="frostline-tune-") as scratch:
                 tune.Tuner(
@@ -272,8 +137,6 @@ def run_tune(
                     tune_config=tune.TuneConfig(
                         search_alg=searcher,
                         num_samples=-1,
-                        max_concurrent_trials=slots,
-                        reuse_actors=True,
                         trial_name_creator=_short_name,
                         trial_dirname_creator=_short_name,
                     ),
@@ -284,6 +147,8 @@ def run_tune(
                         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     ),
                 ).fit()
+        except RayTaskError as error:
+            raise error.cause from None
         finally:
             last: Any = ray.get(study.close.remote())
         show(last)

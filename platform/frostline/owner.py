@@ -1,0 +1,124 @@
+"""The study on a cluster: one actor beside the driver, which workers ask for work."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from frostline.extract import Shard, Supply, Survey
+from frostline.probes import Probe
+from frostline.spec import Job, TrialSpec
+from frostline.study import Snapshot, Study
+from frostline.train import EpochRecord
+from frostline.trial import Outcome
+
+Preparation = Survey | Shard | Probe
+"""What trials wait for."""
+Work = Preparation | list[TrialSpec]
+"""What a worker does; a list is a pack."""
+
+TRIES = 2  # of a piece of preparation whose worker dies
+STARTS = 5  # of workers in a row that die before they take any work
+
+
+class PreparationError(RuntimeError):
+    """Work that trials wait for, and on which workers die."""
+
+
+class StudyActor:
+    """The study's one owner on a cluster, and what workers ask for work."""
+
+    def __init__(self) -> None:
+        self.study: Study | None = None
+        self.before: list[Preparation] = []  # without which nothing else can start
+        self.doing: dict[str, Work] = {}  # by worker
+        self.tries: Counter[int] = Counter()  # of a piece of preparation
+        self.stillborn = 0  # workers in a row that ended before they took any work
+        self.problem: Exception | None = None
+
+    def open(
+        self, job: Job, facts: Mapping[str, Any], splits: pa.Table, who: Mapping[str, Any], share: int
+    ) -> Snapshot:
+        """Begin, or go on with what is in the folder; `share` packs can run at once."""
+        self.share = share
+        self.study = Study(job, facts, splits, who={**who, "pid": os.getpid()})
+        return self.study.snapshot()
+
+    def take(self, worker: str) -> Work | Literal["wait", "end"]:
+        """The next piece of work, the last one being done; `wait` where none can begin now, `end` where none will."""
+        self.stillborn = 0
+        self.doing.pop(worker, None)
+        if self.problem or self.study is None or self.study.done:
+            return "end"
+        if work := self._next(self.study):
+            self.doing[worker] = work
+        return work or "wait"
+
+    def _next(self, study: Study) -> Work | None:
+        if self.before:
+            return self.before.pop()
+        if any(not isinstance(work, list) for work in self.doing.values()):
+            return None
+        return study.survey(self.share) or study.probe() or study.ask(self.share) or None
+
+    def report(self, records: Mapping[str, EpochRecord]) -> dict[str, bool]:
+        return self._opened.report(records)
+
+    def finish(self, outcomes: Mapping[str, Outcome]) -> None:
+        self._opened.finish(outcomes)
+
+    def hold(self, root: str, keys: Collection[str]) -> None:
+        self._opened.hold(root, keys)
+
+    def supplied(self, supply: Supply) -> None:
+        self._opened.supplied(supply)
+        self.before += supply.shards
+
+    def probed(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._opened.probed(rows)
+
+    def extracted(self, row: Mapping[str, Any]) -> None:
+        self._opened.extracted(row)
+
+    def fail(self, problem: Exception) -> None:
+        """End the search: what trials need cannot be had."""
+        self.problem = self.problem or problem
+
+    def lose(self, worker: str, reason: str) -> None:
+        """Take back what a worker that is gone was doing."""
+        work = self.doing.pop(worker, None)
+        if isinstance(work, list):
+            self._opened.lose([spec.trial_id for spec in work], reason)
+        elif work:
+            self.tries[id(work)] += 1
+            self.before.append(work)
+            if self.tries[id(work)] == TRIES:
+                what = "fitting heads in closed form" if isinstance(work, Probe) else "extracting activations"
+                self.fail(PreparationError(f"{what} failed {TRIES} times: {reason}"))
+        else:
+            self.stillborn += 1
+            if self.stillborn == STARTS:
+                self.fail(PreparationError(f"{STARTS} workers in a row ended before they began to work: {reason}"))
+
+    def standing(self) -> tuple[bool, Exception | None]:
+        """Whether there is no more work, and what ended the search before its end."""
+        return self.problem is not None or self._opened.done, self.problem
+
+    def snapshot(self) -> Snapshot:
+        return self._opened.snapshot()
+
+    def close(self) -> Snapshot | None:
+        """Commit what is left; None where the study could not be opened."""
+        if self.study is None:
+            return None
+        self.study.close()
+        return self.study.snapshot()
+
+    @property
+    def _opened(self) -> Study:
+        assert self.study is not None
+        return self.study

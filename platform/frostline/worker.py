@@ -1,0 +1,60 @@
+"""A worker of a study on Ray: to Tune, one trial from the study's beginning to its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray import tune
+
+from frostline.extract import Shard, Survey, extract, survey
+from frostline.features import Feed
+from frostline.pack import Finish, Report, run_pack
+from frostline.probes import Probe, probe
+from frostline.spec import TrialSpec
+from frostline.world import World
+
+WAIT_SECONDS = 0.05  # between two questions for work
+
+
+class Worker(tune.Trainable):
+    """One process that does piece of work after piece of work, and keeps between them what the next one may need."""
+
+    def setup(self, config: dict[str, Any], study: Any = None) -> None:
+        self.study, self.feed, self.name = study, Feed(), config["worker"]
+
+    def step(self) -> dict[str, Any]:
+        """All that there is to do until the study has no more."""
+        while (work := ray.get(self.study.take.remote(self.name))) != "end":
+            if work == "wait":
+                time.sleep(WAIT_SECONDS)
+            elif isinstance(work, list):
+                self.run(
+                    work,
+                    lambda records: ray.get(self.study.report.remote(records)),
+                    lambda outcomes: ray.get(self.study.finish.remote(outcomes)),
+                )
+            else:
+                self.prepare(work)
+        return {"done": True}
+
+    def run(self, specs: Sequence[TrialSpec], report: Report, finish: Finish) -> None:
+        """Train a pack."""
+        run_pack(specs, feed=self.feed, world=World.here(specs[0].resources), report=report, finish=finish)
+
+    def prepare(self, work: Survey | Shard | Probe) -> None:
+        """Do what trials wait for; what is wrong with it ends the search."""
+        world = World.here(work.resources)
+        try:
+            if isinstance(work, Survey):
+                supply = survey(work, world, lambda root, keys: ray.get(self.study.hold.remote(root, keys)))
+                ray.get(self.study.supplied.remote(supply))
+            elif isinstance(work, Probe):
+                ray.get(self.study.probed.remote(probe(work, self.feed, world)))
+            else:
+                ray.get(self.study.extracted.remote(extract(work, self.feed, world)))
+        except ValueError as error:
+            # around what the study raised, Ray puts its traceback
+            ray.get(self.study.fail.remote(getattr(error, "cause", error)))
