@@ -2,9 +2,10 @@
 
 The trials do nothing but report one epoch. All else is real: TPE proposes them over four dimensions, packs of them report to
 the study, and each has an epoch and a row in its Parquet. Beside it is Ray Tune with OptunaSearch, reused actors and as many
-trials at once, over the same space, with fewer trials: its cost per trial grows with their number, and is not scaled. CPU time is that of the whole process tree (driver, study, raylet, workers)
-less what runs of 10 trials take (their median), which is start and stop. The ratio is our milliseconds of CPU per trial. Memory is what
-the study's process, and the driver's, grow by per trial, from a fifth of the trials on.
+trials at once, over the same space, with fewer trials: its cost per trial grows with their number, and is not scaled. CPU time is that of
+the whole process tree (driver, study, raylet, workers) less what runs of 10 trials take (their median), which is start and
+stop. The ratio is our milliseconds of CPU per trial. Memory is what the study's process, and the driver's, grow by per
+trial, from a fifth of the trials on.
 
     python benchmarks/overhead.py [--trials 10000] [--theirs 1000] [--rounds 3] [--quick]
 """
