@@ -61,7 +61,7 @@ def parts_of(spec: TrialSpec) -> Parts:
     plan = compile_plan(spec.config.freeze, origin.backbone.stages)
     samples = origin.dataset.indices("train")[: max(EVAL_BATCH, config.batch_size)]
     network = Network(on_device(origin.backbone, world.device), head_of(spec, origin))
-    applied = apply_plan(plan, network, origin.backbone)
+    (applied,) = apply_plan(plan, network, origin.backbone)
     resume(network.backbone, origin.cut(plan.cut))
     optimizer = build_optimizer(network, applied, config)
 

@@ -62,7 +62,8 @@ from frostline.inline import run_inline
 from frostline.jobfile import parse_job
 from frostline.prepare import prepare
 from frostline.propose import Proposer
-from frostline.spec import Config, Job, Seeds, Train, configure, search_seeds
+from frostline.seeds import Seeds
+from frostline.spec import Config, Job, Train, configure, search_seeds
 from frostline.testing import TOY_BACKBONE
 from frostline.train import rate_factor
 

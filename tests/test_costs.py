@@ -193,11 +193,11 @@ def test_whatever_the_numbers_stored_cuts_pay_and_fit(table: dict[str, Any]) -> 
 
 def test_a_trial_by_itself_passes_every_image_live() -> None:
     seconds = 0.1 + 3 * (100 * (CPU.prefix_s[3] + CPU.step_s[3]) + 20 * 0.01) + 50 * 0.01
-    assert alone_seconds(CPU, 3, epochs=3, n_train=100, n_val=20, n_test=50) == pytest.approx(seconds)
+    assert alone_seconds(CPU, {3: 3}, n_train=100, n_val=20, n_test=50) == pytest.approx(seconds)
     varied = replace(CPU, view_s=0.002)
-    assert alone_seconds(varied, 3, 3, 100, 20, 50) - seconds == pytest.approx(3 * 100 * 0.002)
-    assert alone_seconds(CPU, 3, 3, 100, 20, 50, early=2) - seconds == pytest.approx(2 * 100 * 0.01)
-    assert alone_seconds(CPU, 0, 0, 100, 20, 0) == CPU.start_s
+    assert alone_seconds(varied, {3: 3}, 100, 20, 50) - seconds == pytest.approx(3 * 100 * 0.002)
+    assert alone_seconds(CPU, {3: 3}, 100, 20, 50, early=2) - seconds == pytest.approx(2 * 100 * 0.01)
+    assert alone_seconds(CPU, {}, 100, 20, 0) == CPU.start_s
 
 
 def test_stages_after_the_head_cost_nothing() -> None:
@@ -205,21 +205,28 @@ def test_stages_after_the_head_cost_nothing() -> None:
     last = max(CPU.prefix_s)
     step = CPU.step_s[3] - CPU.step_s[4] + CPU.step_s[last]
     seconds = 0.1 + 3 * (100 * (CPU.prefix_s[3] + step) + 20 * CPU.prefix_s[4]) + 50 * CPU.prefix_s[4]
-    assert alone_seconds(CPU, 3, 3, 100, 20, 50, end=4) == pytest.approx(seconds)
-    assert alone_seconds(CPU, 3, 3, 100, 20, 50, end=last) == alone_seconds(CPU, 3, 3, 100, 20, 50)
+    assert alone_seconds(CPU, {3: 3}, 100, 20, 50, end=4) == pytest.approx(seconds)
+    assert alone_seconds(CPU, {3: 3}, 100, 20, 50, end=last) == alone_seconds(CPU, {3: 3}, 100, 20, 50)
     head = 0.1 + 3 * (100 * (CPU.prefix_s[4] + CPU.step_s[last]) + 20 * CPU.prefix_s[4]) + 50 * CPU.prefix_s[4]
-    assert alone_seconds(CPU, 4, 3, 100, 20, 50, end=4) == pytest.approx(head)
+    assert alone_seconds(CPU, {4: 3}, 100, 20, 50, end=4) == pytest.approx(head)
+
+
+def test_epochs_of_the_head_alone_cost_less_than_those_that_train_stages() -> None:
+    last = max(CPU.prefix_s)
+    both = alone_seconds(CPU, {last: 2, 0: 1}, 100, 20, 0)
+    heads = 2 * (100 * (CPU.prefix_s[last] + CPU.step_s[last]) + 20 * CPU.prefix_s[last])
+    assert both == pytest.approx(0.1 + heads + 100 * CPU.step_s[0] + 20 * CPU.prefix_s[last])
 
 
 def test_what_is_read_takes_the_place_of_what_is_passed() -> None:
     read = 16384 / 5e9
     rest = CPU.forward_s - CPU.prefix_s[4]
-    live = trial_seconds(CPU, 4, 300, 60, 100)
+    live = trial_seconds(CPU, 4, {4: 300}, 60, 100)
     assert live == pytest.approx(0.1 + 300 * (CPU.prefix_s[4] + CPU.step_s[4]) + 160 * 0.01)
-    assert trial_seconds(CPU, 4, 300, 60, 100, read_bytes=16384) == pytest.approx(
+    assert trial_seconds(CPU, 4, {4: 300}, 60, 100, read_bytes=16384) == pytest.approx(
         0.1 + 300 * (read + CPU.step_s[4]) + 160 * (read + rest)
     )
-    shared = trial_seconds(CPU, 4, 300, 60, 100, read_bytes=16384, live_views=True)
+    shared = trial_seconds(CPU, 4, {4: 300}, 60, 100, read_bytes=16384, live_views=True)
     assert shared == pytest.approx(live - 60 * (CPU.prefix_s[4] - read))
 
 

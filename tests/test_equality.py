@@ -22,7 +22,7 @@ from frostline.extract import Survey, extract, survey
 from frostline.features import Feed
 from frostline.pack import pack_key, run_pack
 from frostline.prepare import prepare
-from frostline.spec import Features, TrialSpec, configure, confirm_seeds, search_seeds
+from frostline.spec import Arm, Features, TrialSpec, configure, confirm_seeds, search_seeds
 from frostline.testing import toy_job
 from frostline.train import EpochRecord
 from frostline.trial import Outcome
@@ -65,7 +65,9 @@ def specs_of(
 ) -> list[TrialSpec]:
     job = prepare(toy_job(root / "study", ["data.per_class=6", "train.batch_size=16"])).job
     specs = []
-    for number, values in enumerate(configs):
+    for number, config in enumerate(configs):
+        arm = Arm(strategy=config.get("strategy", "freeze_depth"))
+        values = {path: value for path, value in config.items() if path != "strategy"}
         seed, seeds = search_seeds(job, "freeze", number) if round_ == "search" else confirm_seeds(job, 0)
         specs.append(
             TrialSpec(
@@ -77,7 +79,7 @@ def specs_of(
                 seeds=seeds,
                 data=job.data,
                 backbone=job.backbone,
-                config=configure(job, job.arms["freeze"], values),
+                config=configure(job, arm, values),
                 augment=job.augment.model_copy(update={"views": views, "colour": 0.2}),
                 features=Features.model_construct(**{**dict(job.features), "dtype": dtype}),
                 objective=job.objective,
@@ -157,6 +159,35 @@ def test_a_trial_on_stored_activations_is_the_trial_on_images(
     assert set(fast.outcomes[spec.trial_id].bundle) == set(plain.outcomes[spec.trial_id].bundle)
     assert plain.outcomes[spec.trial_id].row["inputs"] == "images"
     assert fast.outcomes[spec.trial_id].row["inputs"] == "features"
+
+
+STRATEGIES = {
+    "gradual": {},
+    "lp_ft": {},
+    "surgical": {},
+    "layer_decay": {"freeze.layer_decay": 0.5},
+    "discriminative": {"freeze.lr_ratio": 0.1},
+    "norm_only": {},
+    "bias_only": {},
+    "auto_rgn": {"freeze.norm": "affine"},
+}
+"""With a frozen prefix whose activations can be stored."""
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_gives_the_same_on_stored_activations_and_on_a_shared_pass(
+    dtype: str, tmp_path: Path, strategy: str
+) -> None:
+    values = {"strategy": strategy, "freeze.depth": 1, "train.epochs": 4, "train.lr": 1e-3, **STRATEGIES[strategy]}
+    (spec,) = specs_of(tmp_path / "stored", dtype, 2, [values], "confirm")
+    plain, fast = Ran([spec]), Ran([reading(spec)])
+    check(plain, fast, spec.trial_id, dtype)
+    assert fast.outcomes[spec.trial_id].row["inputs"] == "features"
+    pair = [values, {**values, "train.lr": 1e-4}]
+    shared = specs_of(tmp_path / "live", dtype, "live", pair, "search")
+    together = Ran([reading(spec) for spec in shared])
+    for spec in shared:
+        check(Ran([spec]), together, spec.trial_id, dtype)
 
 
 @settings(max_examples=5)

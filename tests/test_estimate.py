@@ -139,7 +139,7 @@ def test_a_trial_costs_what_it_would_take_alone() -> None:
     times = replace(TIMES, view_s=0.003)
     for cut in range(4):
         job = job_with({"a": depths(cut)}, base)
-        assert priced(job, {}, times).expected.device_s == pytest.approx(alone_seconds(times, cut, 3, 100, 20, 0))
+        assert priced(job, {}, times).expected.device_s == pytest.approx(alone_seconds(times, {cut: 3}, 100, 20, 0))
 
 
 def test_views_are_stored_each_and_made_once_or_always() -> None:
@@ -357,7 +357,7 @@ def test_a_search_stays_within_the_images_and_bytes_of_its_estimate(tmp_path: Pa
     assert sum(row["bytes"] for row in extractions) <= found.disk["features"]
     for row in rows:
         test = row["n_test"] or 0
-        alone_s = alone_seconds(times, row["freeze_depth"], row["epochs"], row["n_train"], row["n_val"], test)
+        alone_s = alone_seconds(times, {row["freeze_depth"]: row["epochs"]}, row["n_train"], row["n_val"], test)
         assert row["alone_s"] == pytest.approx(alone_s)
     tables = ("asks", "epochs", "extractions", "probes", "trials", "splits.parquet")
     assert _bytes_in(study, tables) <= found.disk["rows"] <= 4 * _bytes_in(study, tables)

@@ -11,7 +11,8 @@ from hypothesis import example, given
 from pydantic import BaseModel
 
 from frostline.jobfile import MAX_JOB_BYTES, JobError, as_toml, known_keys, load_job, parse_job
-from frostline.spec import Arm, Job, Range, searchable_fields, section_models
+from frostline.models import Range
+from frostline.spec import OWN_KEYS, Arm, Job, searchable_fields, section_models
 
 BASE = """
 name = "x"
@@ -38,8 +39,8 @@ def mistakes(text: str, *overrides: str) -> list[str]:
     return [line.removeprefix("  ") for line in lines]
 
 
-def space(entry: str) -> str:
-    return f'name = "x"\ndata.path = "digits"\n[arms.a]\nstrategy = "freeze_depth"\n[arms.a.space]\n{entry}\n'
+def space(entry: str, strategy: str = "freeze_depth") -> str:
+    return f'name = "x"\ndata.path = "digits"\n[arms.a]\nstrategy = "{strategy}"\n[arms.a.space]\n{entry}\n'
 
 
 def test_a_job_is_read_from_a_file(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         'arms.a.space."head.hidden" = -1: should be greater than or equal to 0',
         'arms.a.space.train: a dotted key of a space is written in quotes: "train.lr" = …',
         "search.trials = 24: not an equal share for each of 5 arms; 20 or 25 is",
-        "arms.b: freeze: depth is for strategy = 'freeze_depth', and is needed there (strategy = 'full', depth = 0)",
+        "arms.b: freeze: depth is not for strategy = 'full'; it is for freeze_depth, surgical, layer_decay, discriminative, gradual, lp_ft, norm_only, bias_only, lora, dora, auto_rgn",
         'arms.c: strategy = "freeze_depth" needs space."freeze.depth", for example "all" or [0.0, 0.5, 1.0]',
     ]
 
@@ -172,7 +173,7 @@ def test_unknown_keys(override: str, start: str) -> None:
         ("freeze.depth=nan", f"freeze.depth = NaN: {DEPTH}"),
         (
             "freeze.depth=0.5",
-            "freeze: depth is for strategy = 'freeze_depth', and is needed there (strategy = 'full', depth = 0.5)",
+            "freeze: depth is not for strategy = 'full'; it is for freeze_depth, surgical, layer_decay, discriminative, gradual, lp_ft, norm_only, bias_only, lora, dora, auto_rgn",
         ),
     ],
 )
@@ -327,12 +328,13 @@ def test_right_entries_of_a_space(entry: str) -> None:
 @pytest.mark.parametrize("path", searchable_fields())
 def test_every_searchable_key_takes_its_own_default_and_only_numbers_take_a_range(path: str) -> None:
     depth = "" if path == "freeze.depth" else '"freeze.depth" = "all"\n'
-    default = searchable_fields()[path].default
-    written = 0.5 if default is None else default
-    assert parse(space(f'{depth}"{path}" = {json.dumps(written)}')).arms["a"].space[path] == written
-    assert parse(space(f'{depth}"{path}" = [{json.dumps(written)}]')).arms["a"].space[path] == (written,)
-    ranged = space(f'{depth}"{path}" = {{ low = 1, high = 2 }}')
-    if isinstance(written, str) or path == "freeze.depth":
+    strategy = OWN_KEYS.get(path.removeprefix("freeze."), ("freeze_depth",))[0]
+    default, whole = searchable_fields()[path].default, path in ("freeze.span", "freeze.every", "freeze.rank")
+    written = default if default is not None else 1 if whole else 0.5
+    for dimension, read in ((json.dumps(written), written), (f"[{json.dumps(written)}]", (written,))):
+        assert parse(space(f'{depth}"{path}" = {dimension}', strategy)).arms["a"].space[path] == read
+    ranged = space(f'{depth}"{path}" = {{ low = 1, high = 2 }}', strategy)
+    if isinstance(written, str) or path == "freeze.depth" or whole:
         assert "takes no range" in mistakes(ranged)[0]
     elif isinstance(written, int):
         assert parse(ranged).arms["a"].space[path] == Range(low=1, high=2)
@@ -340,11 +342,11 @@ def test_every_searchable_key_takes_its_own_default_and_only_numbers_take_a_rang
 
 def test_arms_that_contradict_themselves() -> None:
     assert mistakes(BASE.replace('"freeze_depth"', '"full"')) == [
-        "arms.a: freeze: depth is for strategy = 'freeze_depth', and is needed there (strategy = 'full', depth = 'all')"
+        "arms.a: freeze: depth is not for strategy = 'full'; it is for freeze_depth, surgical, layer_decay, discriminative, gradual, lp_ft, norm_only, bias_only, lora, dora, auto_rgn"
     ]
     probe = BASE.replace('"freeze_depth"', '"linear_probe"').replace('"all"', "[1, 2, 3]")
     assert mistakes(probe) == [
-        "arms.a: freeze: depth is for strategy = 'freeze_depth', and is needed there (strategy = 'linear_probe', depth = 1)"
+        "arms.a: freeze: depth is not for strategy = 'linear_probe'; it is for freeze_depth, surgical, layer_decay, discriminative, gradual, lp_ft, norm_only, bias_only, lora, dora, auto_rgn"
     ]
 
 
@@ -566,7 +568,7 @@ def test_known_keys_are_those_of_the_models() -> None:
     assert {"name", "train", "train.lr", "search.pruner", "search.pruner.kind"} <= set(known_keys())
     assert len(known_keys()) == len(set(known_keys()))
     assert all(issubclass(model, BaseModel) for model in section_models().values())
-    assert all(re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", key) for key in known_keys())
+    assert all(re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)*", key) for key in known_keys())
 
 
 def test_a_job_is_written_as_it_was_read() -> None:

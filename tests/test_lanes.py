@@ -63,11 +63,11 @@ def alone(
 ) -> tuple[list[EpochRecord | NonFiniteError], nn.Sequential]:
     """What `train_epochs` gives for a copy of the lane, which is stopped after an epoch unless that is its last."""
     network = Network(nn.Identity(), copy.deepcopy(one.head))
-    applied = apply_plan(compile_plan(Freeze(strategy="linear_probe"), ()), network, no_backbone())
+    (applied,) = apply_plan(compile_plan(Freeze(strategy="linear_probe"), ()), network, no_backbone())
     records: list[EpochRecord | NonFiniteError] = []
     epochs = train_epochs(
         network,
-        applied,
+        [applied],
         one.config,
         train=train,
         val=val,

@@ -9,11 +9,11 @@ from hypothesis import example, given
 from jsonschema import Draft202012Validator
 
 from frostline.jobfile import JobError, parse_job
-from frostline.reference import allowed, job_reference, starter_job, type_name
+from frostline.reference import allowed, job_reference, starter_job, strategies_reference, type_name
 from frostline.spec import Freeze, Job, Objective, Train, searchable_fields, section_models
 
 PAGE = Path(__file__).parent.parent / "docs" / "job.md"
-COMMENTED = re.compile(r"# ([a-z_]+ = .*)")
+COMMENTED = re.compile(r"# ([a-z0-9_]+ = .*)")
 
 
 def uncomment(line: str) -> str:
@@ -25,6 +25,14 @@ def test_the_page_is_what_the_models_say() -> None:
     assert PAGE.read_text(encoding="utf-8") == job_reference(), (
         "docs/job.md is old; write it again: "
         "python -c \"from frostline.reference import job_reference as page; print(page(), end='')\" > docs/job.md"
+    )
+
+
+def test_the_page_of_strategies_is_what_the_catalogue_says() -> None:
+    page = PAGE.with_name("strategies.md")
+    assert page.read_text(encoding="utf-8") == strategies_reference(), (
+        "docs/strategies.md is old; write it again: "
+        "python -c \"from frostline.reference import strategies_reference as page; print(page(), end='')\" > docs/strategies.md"
     )
 
 

@@ -13,7 +13,7 @@ from optuna.trial import TrialState, create_trial
 
 from frostline.propose import Proposer
 from frostline.sampler import TOGETHER, WIDTHS, BatchSampler, Estimator, frozen
-from frostline.spec import derive_seed
+from frostline.seeds import derive_seed
 from frostline.testing import toy_job
 
 SPACE = {

@@ -9,6 +9,8 @@ from hypothesis import assume, given
 from pydantic import BaseModel, ValidationError
 
 from frostline import spec
+from frostline.models import Range
+from frostline.seeds import Seeds, derive_seed
 from frostline.spec import (
     Arm,
     Config,
@@ -16,13 +18,10 @@ from frostline.spec import (
     Head,
     Job,
     Objective,
-    Range,
-    Seeds,
     Train,
     TrialSpec,
     configure,
     confirm_seeds,
-    derive_seed,
     digest,
     holds_integers,
     is_searched,
@@ -241,7 +240,13 @@ def test_seeds_are_pinned() -> None:
     assert derive_seed(7, "search", "a", 3) == int.from_bytes(digits, "big") >> 2
     seeds = search_seeds(job(seed=7), "a", 3)[1]
     assert seeds == Seeds(
-        split=79131147, subset=319930350, augment=611109824, order=89000190, head=364616919, dropout=609041014
+        split=79131147,
+        subset=319930350,
+        augment=611109824,
+        order=89000190,
+        head=364616919,
+        dropout=609041014,
+        init=943427837,
     )
 
 
@@ -265,7 +270,7 @@ def test_a_configuration_is_the_job_with_the_arm_and_its_values_laid_over_it() -
         head=Head(hidden=4),
         train=Train(lr=1e-3, epochs=3, momentum=0.5),
     )
-    with pytest.raises(ValidationError, match="is needed there"):
+    with pytest.raises(ValidationError, match="needs depth"):
         configure(study, arm, {"head.hidden": 4})
     with pytest.raises(ValidationError, match="greater than or equal to 0"):
         configure(study, arm, {"freeze.depth": 2, "head.hidden": -4})
@@ -324,6 +329,9 @@ def test_keys_that_can_be_searched() -> None:
     assert {path for path in searchable_fields() if not takes_range(path)} == {
         *(
             "freeze.depth",
+            "freeze.span",
+            "freeze.every",
+            "freeze.rank",
             "freeze.norm",
             "head.depth",
             "head.init",

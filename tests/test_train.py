@@ -11,7 +11,8 @@ from frostline.backbone import load_backbone
 from frostline.features import chunks
 from frostline.freeze import Applied, Network, apply_plan, compile_plan
 from frostline.head import build_head
-from frostline.spec import BackboneSpec, Freeze, Head, Train, derive_seed
+from frostline.seeds import derive_seed
+from frostline.spec import BackboneSpec, Freeze, Head, Train
 from frostline.testing import TOY_BACKBONE
 from frostline.train import (
     Average,
@@ -31,7 +32,8 @@ def toy(depth: int | str = 0, head: Head = Head()) -> tuple[Network, Applied]:  
 
     network = Network(copy.deepcopy(backbone.module), build_head(head, 24, 3, seed=0))
     plan = compile_plan(Freeze(strategy="freeze_depth", depth=depth, norm="affine"), backbone.stages)
-    return network, apply_plan(plan, network, backbone)
+    (applied,) = apply_plan(plan, network, backbone)
+    return network, applied
 
 
 def data(samples: int = 30, poison: float = 0.0) -> Batches:
@@ -48,7 +50,7 @@ def run(network: Network, applied: Applied, config: Train, train: Batches | None
     return list(
         train_epochs(
             network,
-            applied,
+            [applied],
             config,
             train=train,
             val=data(),
@@ -162,7 +164,7 @@ def test_clipping_limits_the_step() -> None:
 
 def test_the_average_follows_its_recursion() -> None:
     network, applied = toy()
-    average = Average(network, applied, decay=0.5)
+    average = Average(network, applied.trained, decay=0.5)
     weight = network.head[-1].weight
     expected = weight.detach().clone()
     for step in range(3):

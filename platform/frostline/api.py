@@ -58,17 +58,18 @@ def search(
             progress.show(snapshot)
             report.look()
 
-        prepared = prepare(job, progress.decoding)
-        facts = None if address else facts_of(prepared)  # of this machine, unless trials run on others
-        splits = splits_table(prepared.dataset)
         run = {"who": who, "show": show}
         if inline:
-            assert facts is not None
-            last = run_inline(prepared.job, facts, splits, **run)
+            prepared = prepare(job, progress.decoding)
+            last = run_inline(prepared.job, facts_of(prepared), splits_table(prepared.dataset), **run)
         else:
-            from frostline.tune import run_tune
+            from frostline.tune import cluster, run_tune
 
-            last = run_tune(prepared.job, facts, splits, **run, address=address)
+            with cluster(address) as connected:  # while this prepares
+                prepared = prepare(job, progress.decoding)
+                facts = None if address else facts_of(prepared)  # of this machine, unless trials run on others
+                splits = splits_table(prepared.dataset)
+                last = run_tune(prepared.job, facts, splits, **run, connected=connected)
     folder = job.folder
     _write_report(folder, console)
     if last.best is None:

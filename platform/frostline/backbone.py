@@ -108,12 +108,12 @@ class _Network:
 def load_backbone(spec: BackboneSpec, *, image_size: int | None = None) -> Backbone:
     """The backbone that `spec` names, for images of `image_size` pixels a side (its own size when None).
 
-    Loaded once per process; random weights are the same in every process. Raises BackboneError where the name or the weights
+    Loaded once per process; random weights of one seed are the same in every process. Raises BackboneError where the name or the weights
     cannot be had, or the network cannot be cut into stages that run one after the other.
     """
     path = Path(spec.weights)
     stamp = path.stat().st_mtime_ns if spec.weights not in ("pretrained", "random") and path.is_file() else 0
-    return _load(spec.name, spec.weights, image_size, stamp)
+    return _load(spec.name, spec.weights, image_size, stamp, spec.seed)
 
 
 def stage_table(backbone: Backbone, image_size: int) -> tuple[StageCost, ...]:
@@ -123,7 +123,7 @@ def stage_table(backbone: Backbone, image_size: int) -> tuple[StageCost, ...]:
 
 
 @lru_cache(maxsize=4)
-def _load(name: str, weights: str, image_size: int | None, stamp: int) -> Backbone:
+def _load(name: str, weights: str, image_size: int | None, stamp: int, seed: int) -> Backbone:
     kind, separator, rest = re.findall(r"^([^/:]*)([/:]?)(.*)", name)[0]
     if kind + separator not in _SOURCES:
         near = difflib.get_close_matches(kind, ["efficientnet-lite0", "timm", "torchvision", "python"], n=1)
@@ -133,7 +133,7 @@ def _load(name: str, weights: str, image_size: int | None, stamp: int) -> Backbo
         )
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             return _backbone(name, _SOURCES[kind + separator](rest, weights, image_size))
     except BackboneError as error:
         raise BackboneError(f"backbone {name}: {error}") from error

@@ -13,12 +13,13 @@ from typing import Any
 
 from safetensors import torch as safetensors
 
+from frostline.adapters import adapt
 from frostline.backbone import Backbone, load_backbone
 from frostline.closedform import pooled_width
 from frostline.commit import published, verify_folder
 from frostline.cuts import cut_at, leave_at
 from frostline.depths import end_of
-from frostline.freeze import Applied, Network, apply_plan, compile_plan, pretrained_names
+from frostline.freeze import Applied, Network, apply_plan, compile_plan, pretrained_names, whole
 from frostline.head import build_head
 from frostline.spec import TrialSpec
 
@@ -93,7 +94,9 @@ def load_bundle(folder: str | Path) -> tuple[Network, dict[str, Any]]:
         leave_at(trunk, cut)
         width = pooled_width(cut.shape)
     network = Network(trunk, build_head(spec.config.head, width, len(about["labels"]), spec.seeds.head))
-    applied = apply_plan(compile_plan(spec.config.freeze, backbone.stages, end), network, backbone)
+    plan = compile_plan(spec.config.freeze, backbone.stages, end, spec.config.train.epochs)
+    adapt(network.backbone, spec.config.freeze, backbone.stages[plan.cut : plan.end], spec.seeds.head)
+    applied = whole(apply_plan(plan, network, backbone))
     stays = pretrained_names(network, applied)
     missing, unexpected = network.load_state_dict(tensors, strict=False)
     wrong = [name for name in missing if name not in stays] + unexpected

@@ -153,7 +153,7 @@ def choose_cuts(
 def trial_seconds(
     times: StageTimes,
     cut: int,
-    trained: float,
+    trained: Mapping[int, float],
     scored: float,
     early: float = 0.0,
     *,
@@ -161,8 +161,9 @@ def trial_seconds(
     read_bytes: int | None = None,
     live_views: bool = False,
 ) -> float:
-    """Seconds of one trial that shares nothing: its start, `trained` images through steps, `early` train images forward
-    before those, and `scored` images of val and test forward; its head stands after `end` stages (all, when not given).
+    """Seconds of one trial that shares nothing, whose first `cut` stages are frozen throughout: its start; images through
+    steps, by the first stage that trains in them (`trained`); `early` train images forward before those, and `scored` images of
+    val and test forward. Its head stands after `end` stages (all, when not given).
 
     With `read_bytes` an image, activations at the cut are read; under live views those of val and test alone.
     """
@@ -173,24 +174,28 @@ def trial_seconds(
     end = last if end is None else end
     rest = max(0.0, times.prefix_s[end] - passed)
     left_out = times.step_s[end] - times.step_s[last]  # steps of a head are in both
-    steps = trained * (shown + max(0.0, times.step_s[cut] - left_out))
+    steps = sum(
+        images * (shown + max(0.0, times.prefix_s[first] - passed) + max(0.0, times.step_s[first] - left_out))
+        for first, images in trained.items()
+    )
     return times.start_s + steps + early * (shown + rest) + scored * (read + rest)
 
 
 def alone_seconds(
     times: StageTimes,
-    cut: int,
-    epochs: int,
+    epochs: Mapping[int, int],
     n_train: int,
     n_val: int,
     n_test: int,
     early: int = 0,
     end: int | None = None,
 ) -> float:
-    """What a trial would have taken by itself, with nothing stored and nothing shared: every epoch passes the train
-    samples live through a step at its cut, and the val samples forward; a confirmation passes test once; `early` passes
-    over the train samples come before (to recalibrate norm layers, or for a closed-form head)."""
-    return trial_seconds(times, cut, epochs * n_train, epochs * n_val + n_test, early * n_train, end=end)
+    """What a trial would have taken by itself, with nothing stored and nothing shared: every epoch passes the train samples
+    live through a step, and the val samples forward (`epochs`: by the first stage that trained in them); a confirmation passes
+    test once; `early` passes over the train samples come before (to recalibrate norm layers, or for a closed-form head)."""
+    trained = {first: count * n_train for first, count in epochs.items()}
+    scored = sum(epochs.values()) * n_val + n_test
+    return trial_seconds(times, min(epochs, default=0), trained, scored, early * n_train, end=end)
 
 
 # --- measuring ---
@@ -322,7 +327,8 @@ def _step_seconds(
     head = build_head(Head(hidden=hidden), backbone.feature_dim, len(prepared.dataset.classes), seed=0)
     network = Network(on_device(backbone, device), head.to(device))
     plan = compile_plan(Freeze(strategy="freeze_depth", depth=cut, norm=job.freeze.norm), backbone.stages)
-    applied = apply_plan(plan, network, backbone)
+    phases = apply_plan(plan, network, backbone)
+    (applied,) = phases
     for _ in range(2):  # a trial's audit, before and after
         fixed_hash(network, applied)
     start_s = clock() - started
@@ -337,7 +343,7 @@ def _step_seconds(
     config = {"epochs": 3, "batch_size": batch, "lr": 1e-6, "head_lr": 1e-6}
     _, *records = train_epochs(
         network,
-        applied,
+        phases,
         job.train.model_copy(update=config),
         train=Batches(fetch, numbers, labels),
         val=Batches(fetch, numbers[:1], labels[:1]),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from frostline.spec import Config, Freeze, Head
+from frostline.spec import Config, Freeze, Head, Strategy
 
 
 def depth_of(freeze: Freeze, stages: int) -> int:
-    """How many of a backbone's `stages` the strategy freezes. Raises ValueError where it asks for more than there are."""
-    depth = {"full": 0, "linear_probe": "all", "freeze_depth": freeze.depth}[freeze.strategy]
-    return stages_of("freeze.depth", depth or 0, stages)
+    """How many of a backbone's `stages`, from the input on, the strategy freezes throughout. Raises ValueError where it asks
+    for more than there are."""
+    return frozen_stages(freeze.strategy, freeze.depth, stages)
+
+
+def frozen_stages(strategy: Strategy, depth: int | float | str | None, stages: int) -> int:
+    """`depth_of` a strategy with this `freeze.depth`."""
+    fixed: dict[Strategy, int | str] = {"linear_probe": "all", "freeze_embed": 1}
+    return stages_of("freeze.depth", fixed.get(strategy, depth or 0), stages)
 
 
 def end_of(head: Head, stages: int) -> int:

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from frostline import results
-from frostline.spec import Arm, Mode, Range, is_searched
+from frostline.models import Range
+from frostline.spec import Arm, Mode, is_searched
 from frostline.stats import mean_interval
 
 FEW = 3

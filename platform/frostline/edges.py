@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from frostline.depths import stages_of
-from frostline.spec import DEPTHS, Arm, Range, is_searched, searchable_fields
+from frostline.models import Range
+from frostline.spec import DEPTHS, Arm, is_searched, searchable_fields
 
 EDGE = 0.05
 """A value within this share of its range (of the logarithm, where that is searched) of an end is at its edge."""

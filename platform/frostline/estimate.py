@@ -16,13 +16,15 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from frostline.closedform import pooled_width
 from frostline.costs import Choice, StageTimes, choose_cuts, measure, resumable, trial_seconds
-from frostline.depths import depth_of, end_of
+from frostline.depths import end_of, frozen_stages
 from frostline.ledger import COMMIT_ROWS, COMMIT_SECONDS
+from frostline.models import Range
 from frostline.pack import SUFFIXES
 from frostline.prepare import Prepared
 from frostline.propose import distributions
-from frostline.spec import Arm, Freeze, Head, Job, Pruner, Range, Resources
+from frostline.spec import OWN_KEYS, Arm, Freeze, Head, Job, Pruner, Resources
 from frostline.stages import StageCost
+from frostline.strategies import phases_of
 from frostline.world import gpus_of_a_trial, trials_at_once
 
 PART_BYTES = 42_000  # measured, as are the next: the Parquet files of a commit
@@ -110,7 +112,12 @@ def expected_reads(job: Job, stages: int) -> dict[int, float]:
 
 def _drawn(prepared: Prepared) -> set[int]:
     job, stages = prepared.job, len(prepared.backbone.stages)
-    return {depth for arm in job.arms.values() for place in arm_places(job, arm, stages) for depth in place}
+    found: set[int] = set()
+    for arm in job.arms.values():
+        for cut, end in arm_places(job, arm, stages):
+            all_phases = phases_of(Freeze.model_construct(strategy=arm.strategy), cut, end, epochs=stages + 2)
+            found |= {cut, end, *(min(phase.rates, default=end) for phase in all_phases)}
+    return found
 
 
 def _shown(job: Job) -> int:
@@ -216,21 +223,39 @@ def _work(
     likely = math.ceil if dearest else float
     recalibrated = likely(_chance(job, arm, "freeze.norm", "recalibrate"))
     probed = likely(_chance(job, arm, "head.init", "probe"))
-    trained = epochs * sizes.n_train
     scored = epochs * sizes.n_val + confirm * sizes.n_test
 
     def at(cut: int, end: int) -> np.ndarray:
         live_views = job.augment.views == "live"
+        trained = {first: share * epochs * sizes.n_train for first, share in _shares(job, arm, cut, end).items()}
         early = (probed + recalibrated * (cut < end)) * sizes.n_train
         size = stored.get(cut)
         if cut == end < stages and job.features.cache != "none":
             size = 4 * sizes.feature_dim  # the mean over positions: about as wide
         seconds = trial_seconds(times, cut, trained, scored, early, end=end, read_bytes=size, live_views=live_views)
-        forward = (live_views or size is None) * (trained + early) + (size is None) * scored
-        return np.array([forward, trained * (cut < end), seconds])
+        shown, deep = sum(trained.values()), sum(images for first, images in trained.items() if first < end)
+        forward = (live_views or size is None) * (shown + early) + (size is None) * scored
+        return np.array([forward, deep, seconds])
 
     works = [at(*place) for place in arm_places(job, arm, stages)]
     return max(works, key=itemgetter(2)) if dearest else np.mean(works, axis=0)
+
+
+def _shares(job: Job, arm: Arm, cut: int, end: int) -> dict[int, float]:
+    """Of a typical trial's epochs, by the first stage that trains in them."""
+    typical = {key: _middle(_entry(job, arm, f"freeze.{key}")) for key in ("every", "probe_share")}
+    freeze = Freeze.model_construct(strategy=arm.strategy, **typical)
+    epochs, shares = round(_mean(job, arm, "train.epochs")), defaultdict[int, float](float)
+    for phase in phases_of(freeze, cut, end, epochs):
+        shares[min(phase.rates, default=end)] += phase.epochs / epochs
+    return shares
+
+
+def _middle(entry: Any) -> Any:
+    """A value in the middle of what a space has of a number."""
+    if isinstance(entry, Range):
+        return (entry.low + entry.high) / 2
+    return sorted(entry)[len(entry) // 2] if isinstance(entry, tuple) else entry
 
 
 def expected_epochs(pruner: Pruner, epochs: float) -> float:
@@ -262,11 +287,9 @@ def arm_places(job: Job, arm: Arm, stages: int) -> list[tuple[int, int]]:
             return range(found.low, found.high + 1)
         return found.choices if isinstance(found, CategoricalDistribution) else [arm.space.get(path, default)]
 
-    froze = arm.strategy == "freeze_depth"
-    freezes = [
-        depth_of(Freeze.model_validate({"strategy": arm.strategy, "depth": depth}), stages)
-        for depth in (entries("freeze.depth", job.freeze.depth) if froze else [None])
-    ]
+    own = arm.strategy in OWN_KEYS["depth"]
+    depths = entries("freeze.depth", job.freeze.depth) if own else [None]
+    freezes = [frozen_stages(arm.strategy, depth, stages) for depth in depths]
     ends = [end_of(Head.model_validate({"depth": depth}), stages) for depth in entries("head.depth", job.head.depth)]
     return [(min(cut, end), end) for end in ends for cut in freezes]
 

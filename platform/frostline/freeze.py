@@ -1,26 +1,28 @@
 """What is frozen: a strategy compiled for one backbone into a freeze plan, applied to a network, and audited.
 
-A plan is one ordered table of rules; it alone decides gradients, optimizer groups and the eval mode of frozen modules.
-Every parameter has an address `STAGE/KIND/NAME` (`blocks.2/norm/blocks.2.0.bn1.weight`, `head/weight/out.weight`; KIND
-is `norm`, `bias` or `weight`). The first rule whose pattern matches the address decides; an address that none matches
-is an error.
+A plan has an ordered table of rules for each phase; it alone decides gradients, optimizer groups and the eval mode of frozen
+modules. Every parameter has an address `STAGE/KIND/NAME` (`blocks.2/norm/blocks.2.0.bn1.weight`, `head/weight/out.weight`;
+KIND is `norm`, `bias`, `adapter` or `weight`). The first rule whose pattern matches the address decides; an address that none
+matches is an error.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from frostline.adapters import original
 from frostline.backbone import Backbone, Stage
 from frostline.depths import depth_of
 from frostline.spec import Freeze
+from frostline.strategies import ALL, Phase, phases_of
 
 HEAD = "head"
 
@@ -38,23 +40,15 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A strategy compiled for one backbone."""
+class Table:
+    """What trains in one phase of a strategy."""
 
     rules: tuple[Rule, ...]
-    cut: int
-    """Index of the first stage that is not frozen; `end` where only the head trains."""
-    end: int
-    """The number of stages that the head stands on; those after them do not run, and are frozen."""
-    live_statistics: bool
-    """Whether norm layers of trainable stages normalise by batch statistics and update their running ones."""
-    recalibrate: bool
-    """Whether running statistics of trainable stages are recomputed on the train split before training."""
-
-    @property
-    def only_head(self) -> bool:
-        """Whether no stage trains."""
-        return self.cut == self.end
+    stages: frozenset[int]
+    """Those of which something trains."""
+    epochs: int = 1
+    restart: bool = True
+    """Whether schedule and optimizer begin anew with this phase."""
 
     def multiplier(self, address: str) -> float | None:
         """The first matching rule's multiplier, None where that rule freezes. Raises FreezeError if no rule matches."""
@@ -62,6 +56,28 @@ class Plan:
             if fnmatchcase(address, rule.pattern):
                 return rule.multiplier
         raise FreezeError(f"no rule of the freeze plan covers the parameter {address}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A strategy compiled for one backbone."""
+
+    phases: tuple[Table, ...]
+    cut: int
+    """Index of the first stage that is not frozen throughout; `end` where only the head ever trains."""
+    end: int
+    """The number of stages that the head stands on; those after them do not run, and are frozen."""
+    live_statistics: bool
+    """Whether norm layers of trainable stages normalise by batch statistics and update their running ones."""
+    recalibrate: bool
+    """Whether running statistics of stages that will train are recomputed on the train split before training."""
+    relative: bool = False
+    """Whether each tensor's learning rate follows its relative gradient norm."""
+
+    @property
+    def only_head(self) -> bool:
+        """Whether no stage ever trains."""
+        return self.cut == self.end
 
 
 class Network(nn.Module):
@@ -82,7 +98,7 @@ class Network(nn.Module):
 
 @dataclass(frozen=True)
 class Applied:
-    """A plan as it holds for one network's tensors, by their names in `Network`."""
+    """A phase of a plan as it holds for one network's tensors, by their names in `Network`."""
 
     trained: Mapping[str, float]
     """Trainable parameter -> learning-rate multiplier."""
@@ -95,58 +111,112 @@ class Applied:
     fixed."""
     recalibrated: frozenset[str]
     """Norm layers whose running statistics are recomputed before training."""
+    epochs: int = 1
+    """Of the phase; the last one takes all that are left."""
+    restart: bool = True
+    """Whether schedule and optimizer begin anew."""
+    relative: bool = False
+    """Whether each backbone tensor's learning rate follows its relative gradient norm."""
 
 
-def compile_plan(freeze: Freeze, stages: Sequence[Stage], end: int | None = None) -> Plan:
-    """The freeze plan of a strategy for a backbone with these stages, under a head on the first `end` of them (all, when
-    not given).
-
-    Learning rates fall by `layer_decay` per stage from the last one towards the input (Clark et al. 2020, BEiT).
-    """
+def compile_plan(freeze: Freeze, stages: Sequence[Stage], end: int | None = None, epochs: int = 1) -> Plan:
+    """The freeze plan of a strategy over so many epochs, for a backbone with these stages, under a head on the first `end` of
+    them (all, when not given)."""
     end = len(stages) if end is None else end
     cut = min(depth_of(freeze, len(stages)), end)
-    frozen = [Rule(f"{glob.escape(stage.name)}/*", None) for stage in (*stages[:cut], *stages[end:])]
+    return Plan(
+        tuple(_table(phase, freeze, stages) for phase in phases_of(freeze, cut, end, epochs)),
+        cut,
+        end,
+        live_statistics=freeze.norm == "batch",
+        recalibrate=freeze.norm == "recalibrate",
+        relative=freeze.strategy == "auto_rgn",
+    )
+
+
+def _table(phase: Phase, freeze: Freeze, stages: Sequence[Stage]) -> Table:
+    names = [glob.escape(stage.name) for stage in stages]
+    frozen = [Rule(f"{name}/*", None) for index, name in enumerate(names) if index not in phase.rates]
     norms = [Rule("*/norm/*", None)] if freeze.norm == "frozen" else []
-    trained = [
-        Rule(f"{glob.escape(stage.name)}/*", freeze.layer_decay ** (end - 1 - index))
-        for index, stage in enumerate(stages[:end])
-        if index >= cut
-    ]
-    rules = (Rule(f"{HEAD}/*", 1.0), *frozen, *norms, *trained)
-    return Plan(rules, cut, end, live_statistics=freeze.norm == "batch", recalibrate=freeze.norm == "recalibrate")
+    trained = [Rule(f"{names[index]}/{phase.which}", rate) for index, rate in phase.rates.items()]
+    others = [Rule(f"{names[index]}/*", None) for index in phase.rates if phase.which != ALL]
+    rules = (Rule(f"{HEAD}/*", 1.0), *frozen, *norms, *trained, *others)
+    return Table(rules, frozenset(phase.rates), phase.epochs, phase.restart)
 
 
-def apply_plan(plan: Plan, network: Network, backbone: Backbone) -> Applied:
-    """Put the plan into force: the one place where `requires_grad` is assigned. Gradients from before are dropped (P5)."""
-    addresses = dict(_addresses(network, backbone.stages))
-    multipliers = {name: plan.multiplier(address) for name, address in addresses.items()}
+def apply_plan(plan: Plan, network: Network, backbone: Backbone) -> list[Applied]:
+    """What each phase of the plan means for the network, the first of which is put into force."""
+    phases = [_applied(plan, table, network, backbone) for table in plan.phases]
+    enforce(network, phases[0])
+    return phases
+
+
+def enforce(network: Network, applied: Applied) -> None:
+    """Put a phase into force: the one place where `requires_grad` is assigned. Gradients from before are dropped (P5)."""
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(multipliers[name] is not None)
+        parameter.requires_grad_(name in applied.trained)
         parameter.grad = None
 
-    frozen_modules = {
-        f"backbone.{name}".rstrip(".")
-        for name, stage in backbone.module_stage.items()
-        if not plan.cut <= stage < plan.end
-    }
-    statistics = {
-        name
-        for name, module in network.named_modules()
-        if isinstance(module, _NormBase) and module.track_running_stats and name not in frozen_modules
-    }
-    eval_modules = frozen_modules if plan.live_statistics else frozen_modules | statistics
-    moving = {f"{name}.{buffer}" for name in statistics for buffer, _ in network.get_submodule(name).named_buffers()}
+
+def _applied(plan: Plan, table: Table, network: Network, backbone: Backbone) -> Applied:
+    addresses = dict(_addresses(network, backbone.stages))
+    multipliers = {name: table.multiplier(address) for name, address in addresses.items()}
+    _check_tied(network, backbone, table)
+
+    def statistics(stages: Collection[int]) -> tuple[set[str], set[str]]:
+        """Modules of all other stages, and norm layers of these that keep statistics."""
+        others = {
+            f"backbone.{name}".rstrip(".") for name, stage in backbone.module_stage.items() if stage not in stages
+        }
+        norms = {
+            name
+            for name, module in network.named_modules()
+            if isinstance(module, _NormBase) and module.track_running_stats and name not in others
+        }
+        return others, norms
+
+    frozen_modules, norms = statistics(table.stages)
+    eval_modules = frozen_modules if plan.live_statistics else frozen_modules | norms
+    moving = {f"{name}.{buffer}" for name in norms for buffer, _ in network.get_submodule(name).named_buffers()}
     buffers = {name for name, _ in network.named_buffers()}
+    ever = frozenset[int]().union(*(each.stages for each in plan.phases))
     return Applied(
         trained={name: value for name, value in multipliers.items() if value is not None},
         undecayed=frozenset(
-            name for name, value in multipliers.items() if value is not None and "/weight/" not in addresses[name]
+            name
+            for name, value in multipliers.items()
+            if value is not None and addresses[name].split("/")[1] in ("norm", "bias")
         ),
         fixed=frozenset(name for name, value in multipliers.items() if value is None)
         | (buffers - moving if plan.live_statistics else buffers),
         eval_modules=frozenset(eval_modules),
-        recalibrated=frozenset(statistics if plan.recalibrate else ()),
+        recalibrated=frozenset(statistics(ever)[1] if plan.recalibrate else ()),
+        epochs=table.epochs,
+        restart=table.restart,
+        relative=plan.relative,
     )
+
+
+def whole(phases: Sequence[Applied]) -> Applied:
+    """Of all phases together: what trains in any, and what stays as it is in all. Rates are the last phase's that has one."""
+    trained = {name: rate for phase in phases for name, rate in phase.trained.items()}
+    fixed = frozenset[str].intersection(*(phase.fixed for phase in phases))
+    return replace(phases[-1], trained=trained, fixed=fixed)
+
+
+def _check_tied(network: Network, backbone: Backbone, table: Table) -> None:
+    """Tensors that several stages share train in all of them or in none. Raises FreezeError."""
+    homes: dict[int, dict[bool, str]] = {}
+    for name, parameter in network.backbone.named_parameters(remove_duplicate=False):
+        stage = backbone.module_stage.get(name.rpartition(".")[0])
+        if stage is not None:
+            homes.setdefault(id(parameter), {}).setdefault(stage in table.stages, name)
+    for home in homes.values():
+        if len(home) == 2:
+            raise FreezeError(
+                f"{home[True]} would train and {home[False]} be frozen, and both are one tensor; choose a freeze.depth that "
+                "treats their stages alike"
+            )
 
 
 def pretrained_names(network: Network, applied: Applied) -> set[str]:
@@ -196,8 +266,9 @@ def check_gradients(network: Network, applied: Applied) -> None:
 
 def stage_rates(applied: Applied, stages: Sequence[Stage], lr: float, head_lr: float) -> dict[str, float]:
     """Stage name -> its peak learning rate, 0.0 where nothing of it trains, and the head's."""
+    trained = {original(name)[0]: rate for name, rate in applied.trained.items()}
     rates = {
-        stage.name: lr * max((applied.trained.get(f"backbone.{tensor}", 0.0) for tensor in stage.tensors), default=0.0)
+        stage.name: lr * max((trained.get(f"backbone.{tensor}", 0.0) for tensor in stage.tensors), default=0.0)
         for stage in stages
     }
     return {**rates, HEAD: head_lr}
@@ -207,9 +278,10 @@ def _addresses(network: Network, stages: Iterable[Stage]) -> Iterator[tuple[str,
     stage_of = {f"backbone.{tensor}": stage.name for stage in stages for tensor in stage.tensors}
     norms = {name for name, module in network.named_modules() if is_norm(module)}
     for name, _ in network.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        kind = "norm" if owner in norms else "bias" if "bias" in leaf else "weight"
-        yield name, f"{stage_of.get(name, HEAD)}/{kind}/{name.partition('.')[2]}"
+        plain, adapter = original(name)
+        owner, _, leaf = plain.rpartition(".")
+        kind = "adapter" if adapter else "norm" if owner in norms else "bias" if "bias" in leaf else "weight"
+        yield name, f"{stage_of.get(plain, HEAD)}/{kind}/{name.partition('.')[2]}"
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -17,12 +17,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from frostline.models import Range
 from frostline.spec import (
     DEPTHS,
+    NEEDED_KEYS,
     SEARCHABLE,
     Arm,
     Job,
-    Range,
     configure,
     holds_integers,
     is_searched,
@@ -31,6 +32,12 @@ from frostline.spec import (
     takes_range,
 )
 
+EXAMPLES = {
+    "depth": '"all" or [0.0, 0.5, 1.0]',
+    "layer_decay": "[0.65, 0.8, 0.95]",
+    "lr_ratio": "{ low = 0.01, high = 1.0, log = true }",
+}
+"""Of spaces for keys that a strategy needs."""
 MAX_JOB_BYTES = 1 << 16
 MAX_DOTS = 500  # in one line: tomllib takes memory with the square of a dotted key's length
 MAX_DEPTH = 12
@@ -237,8 +244,12 @@ def _arm_mistakes(job: Job, arms: int) -> Iterator[str]:
                 for path, dim in arm.space.items()
                 if isinstance(dim, Range) and dim.step is None and not holds_integers(path)
             )
-        if arm.strategy == "freeze_depth" and "freeze.depth" not in arm.space and job.freeze.depth is None:
-            yield f'arms.{name}: strategy = "freeze_depth" needs space."freeze.depth", for example "all" or [0.0, 0.5, 1.0]'
+        needed = [key for key in NEEDED_KEYS.get(arm.strategy, ()) if key not in job.freeze.model_fields_set]
+        if lacking := [key for key in needed if f"freeze.{key}" not in arm.space]:
+            yield from (
+                f'arms.{name}: strategy = "{arm.strategy}" needs space."freeze.{key}", for example {EXAMPLES[key]}'
+                for key in lacking
+            )
             continue
         found: dict[Loc, str] = {}
         for values in _corners(arm):

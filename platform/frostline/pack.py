@@ -48,7 +48,7 @@ def pack_key(spec: TrialSpec, stages: int) -> tuple[Any, ...] | None:
     The same images in the same mini-batches (data and its views, subset, order, batch size, precision), and either only
     heads to train, after the same stage, or a live prefix pass to share, whatever the cut.
     """
-    if not spec.cached:
+    if not spec.cached or spec.config.train.wise is not None:
         return None
     train, seeds, live = spec.config.train, spec.seeds, spec.augment.views == "live"
     same = (seeds.split, seeds.subset, seeds.augment, seeds.order, train.batch_size, train.precision)
@@ -230,7 +230,7 @@ def _head_program(
                 logits = predict(network.head, test, origin.autocast)
                 confirm(outcome, lane.spec, test.samples, logits, network, applied[number], origin)
             cost.lap("eval")
-        lane.row |= cost.columns(lane.records, lane.row, feed.images_forwarded)
+        lane.row |= cost.columns(lane.records, lane.row, feed.images_forwarded, plan)
         return outcome
 
     stop: list[int] | None = None
@@ -273,7 +273,7 @@ def _apply(plan: Plan, networks: Sequence[Network], backbone: Backbone) -> list[
     of_kind: dict[int, Applied] = {}
     for network in networks:
         if len(network.head) not in of_kind:
-            of_kind[len(network.head)] = apply_plan(plan, network, backbone)
+            (of_kind[len(network.head)],) = apply_plan(plan, network, backbone)
     return [of_kind[len(network.head)] for network in networks]
 
 

@@ -14,11 +14,12 @@ from rich.table import Column, Table
 from frostline.backbone import stage_table
 from frostline.costs import Choice, StageTimes
 from frostline.estimate import Estimate, Sizes, arm_cuts, cut_choices, estimate, local_slots, mean_bytes, stage_times
+from frostline.models import Range
 from frostline.pixels import cache_root
 from frostline.prepare import Prepared, prepare
 from frostline.progress import Progress
 from frostline.propose import Proposer
-from frostline.spec import Arm, Job, Range
+from frostline.spec import Arm, Job
 from frostline.stages import StageCost
 from frostline.text import plain
 

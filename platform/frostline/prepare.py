@@ -13,7 +13,8 @@ from frostline.data import Dataset, load_data, subset
 from frostline.depths import depth_of, end_of
 from frostline.files import locate
 from frostline.propose import distributions, entries_of
-from frostline.spec import Head, Job, derive_seed
+from frostline.seeds import derive_seed
+from frostline.spec import Head, Job
 from frostline.world import find_device, hardware, versions
 
 
@@ -59,8 +60,19 @@ def prepare(job: Job, progress: Callable[[int, int], None] | None = None) -> Pre
     dataset = load_data(data, derive_seed(job.seed, "split"), progress=progress)
     train = subset(dataset, data.per_class, derive_seed(job.seed, "subset"))
     depth_of(job.freeze, len(backbone.stages))
+    check_scratch(job)
     check_heads(job, backbone, dataset.pixels.shape[1])
     return Prepared(job, backbone, dataset, len(train))
+
+
+def check_scratch(job: Job) -> None:
+    """Whether the network can be had with random weights, where an arm starts from them. Raises BackboneError."""
+    arms = [name for name, arm in job.arms.items() if arm.strategy == "scratch"]
+    if arms and job.backbone.name.startswith("python:") and job.backbone.weights != "random":
+        raise BackboneError(
+            f"arms.{arms[0]}: strategy = 'scratch' needs random weights, and what {job.backbone.name} makes may be trained; "
+            'if it makes random ones, say so with backbone.weights = "random"'
+        )
 
 
 def check_heads(job: Job, backbone: Backbone, image_size: int) -> None:

@@ -22,8 +22,10 @@ from scipy.stats import qmc
 
 from frostline.depths import end_of, stages_of
 from frostline.halving import Scores, build_rule
+from frostline.models import Range, Scalar
 from frostline.sampler import BatchSampler, Point, frozen
-from frostline.spec import DEPTHS, Arm, Head, Job, Range, Sampler, Scalar, derive_seed, holds_integers, is_searched
+from frostline.seeds import derive_seed
+from frostline.spec import DEPTHS, Arm, Head, Job, Sampler, holds_integers, is_searched
 
 FITS = (
     32  # at least, of an arm's model: batches are then no worse than one proposal at a time (benchmarks/proposals.py)

@@ -12,7 +12,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from frostline.spec import Arm, Job, Range, searchable_fields, section_models
+from frostline.models import Range
+from frostline.spec import NEEDED_KEYS, OWN_KEYS, Arm, Job, searchable_fields, section_models
+from frostline.strategies import CATALOGUE
 
 ARMS = """\
 # An arm is a strategy with its own space; arms share search.trials equally. An entry of a space is a range
@@ -27,6 +29,34 @@ strategy = "freeze_depth"
 "head.hidden" = [0, 128]
 "train.lr" = { low = 1e-5, high = 3e-3, log = true }
 "train.head_lr" = { low = 1e-4, high = 3e-2, log = true }
+"""
+STRATEGIES = """\
+# Strategies
+
+A strategy says what of the backbone trains, and when; the head always trains. It is named in an arm (`strategy = "lp_ft"`) or,
+for a job's own configuration, in `freeze.strategy`. Its keys are written in the arm's space (`"freeze.depth" = "all"`) or in
+`[freeze]`; those in bold are needed. The table is generated from `platform/frostline/strategies.py`.
+
+{table}
+
+With any strategy go `freeze.norm`, `freeze.layer_decay`, `head.init = "probe"` (the head starts at the closed-form ridge
+solution), `train.l2_sp` (L2-SP, Li et al. 2018) and `train.wise` (WiSE-FT, Wortsman et al. 2022).
+
+- **Depth.** Where a strategy takes `depth`, so many stages from the input are frozen throughout; their activations are stored
+  and shared like those of `freeze_depth`.
+- **Phases.** `lp_ft` and `gradual` train the head alone first. Those epochs are part of `train.epochs` and are charged; early
+  stopping counts epochs from the first unfreezing, so that nothing is judged before it. `lp_ft` restarts schedule and optimizer
+  with its second phase, `gradual` keeps both going.
+- **Norm layers.** `norm_only` and `bias_only` imply `freeze.norm = "affine"`, `scratch` implies `"batch"`.
+- **Adapters.** `lora` and `dora` need `pip install 'frostline[peft]'`. Linear layers and 1x1 convolutions get an update; a bundle
+  holds the updates, not the weights.
+- **From nothing.** `scratch` draws new weights for each confirmation; of a `python:` backbone those that its function makes.
+- **Relative gradient norms.** `auto_rgn` weights the rate of each backbone tensor by its gradient's norm over its own, summed over
+  the epoch before (at first, of the first step), the largest being 1. A tensor of zeros has weight 1.
+
+Every strategy keeps the same contract, which `tests/test_strategies.py` holds on convolutional networks and a transformer: what
+no phase trains is bit-equal after training; masks, optimizer and gradients agree at the start of each phase, or the trial fails;
+the same seeds give the same weights to the bit; a bundle predicts what the trial did.
 """
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 TYPES = {int: "integer", float: "float", str: "string", bool: "true | false", dict: "table"}
@@ -72,6 +102,17 @@ def job_reference() -> str:
         _table(Range),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def strategies_reference() -> str:
+    """docs/strategies.md."""
+    rows = ["| strategy | what trains, and when | keys of its own | source |", "|---|---|---|---|"]
+    for strategy, entry in CATALOGUE.items():
+        needed = NEEDED_KEYS.get(strategy, ())
+        own = dict.fromkeys([*needed, *(key for key, strategies in OWN_KEYS.items() if strategy in strategies)])
+        names = ", ".join(f"**`{key}`**" if key in needed else f"`{key}`" for key in own)
+        rows.append(f"| `{strategy}` | {entry.about} | {names} | {entry.source} |")
+    return STRATEGIES.format(table="\n".join(rows))
 
 
 def _table(model: type[BaseModel]) -> str:

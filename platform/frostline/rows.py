@@ -69,7 +69,7 @@ def describe_data(dataset: Dataset, train: Batches, val: Batches) -> dict[str, A
 def describe_network(
     network: Network, applied: Applied, backbone: Backbone, plan: Plan, config: Train
 ) -> dict[str, Any]:
-    """The columns that say what of the network runs and trains."""
+    """The columns that say what of the network runs, and what trains in any phase of the plan."""
     left_out = {f"backbone.{tensor}" for stage in backbone.stages[plan.end :] for tensor in stage.tensors}
     sizes = {name: each.numel() for name, each in network.named_parameters() if name not in left_out}
     return {
@@ -163,12 +163,13 @@ class Cost:
     def spent(self) -> float:
         return self.clock() - self.began
 
-    def columns(self, records: Sequence[EpochRecord], row: dict[str, Any], passes: int) -> dict[str, Any]:
+    def columns(self, records: Sequence[EpochRecord], row: dict[str, Any], passes: int, plan: Plan) -> dict[str, Any]:
         """The columns of cost, at the end of a trial with this row; `passes` through frozen prefixes by now."""
         scoring = sum(record.eval_seconds for record in records)
         trained = len(records) * row["n_train"]
         scored = len(records) * row["n_val"] + row.get("n_test", 0)
         live = row["inputs"] == "images"
+        deep = sum(record.images for record in records if plan.phases[record.phase].stages)
         return {
             "seconds": time.perf_counter() - self.started,
             "spent_s": self.spent(),
@@ -177,7 +178,7 @@ class Cost:
             "seconds_train": self.laps["train"] - scoring,
             "seconds_eval": self.laps.get("eval", 0.0) + scoring,
             "images_forward": passes - self.passes_before + live * (trained + scored),
-            "images_backward": trained if row["freeze_depth"] < row["head_depth"] else 0,
+            "images_backward": deep,
             "peak_mib": peak_mib(self.device),
             "finished_at": datetime.now(UTC),
         }

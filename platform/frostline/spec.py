@@ -8,40 +8,44 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from fractions import Fraction
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
-    Discriminator,
     Field,
-    Tag,
-    ValidationError,
-    WrapValidator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 
+from frostline.models import Depth, Dimension, Frozen, Range, Scalar
+from frostline.seeds import Seeds, derive_seed
+
 SEARCHABLE = ("freeze", "head", "train")  # the sections whose keys an arm's space may name
 
-Strategy = Literal["freeze_depth", "linear_probe", "full"]
+Strategy = Literal[
+    "full",
+    "linear_probe",
+    "freeze_depth",
+    "freeze_embed",
+    "surgical",
+    "layer_decay",
+    "discriminative",
+    "gradual",
+    "lp_ft",
+    "zero_head",
+    "norm_only",
+    "bias_only",
+    "lora",
+    "dora",
+    "auto_rgn",
+    "scratch",
+]
 Sampler = Literal["tpe", "random", "qmc", "grid"]
 Round = Literal["search", "confirm"]
 Metric = Literal["accuracy", "balanced_accuracy", "macro_f1", "nll"]
 Mode = Literal["max", "min"]
-Scalar = bool | int | float | str
-
-
-class Frozen(BaseModel):
-    """The base of every spec: immutable, unknown keys forbidden, types as written (no number from a string, no integer
-    from `true`), NaN and infinity refused, docstrings as descriptions."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class Data(Frozen):
@@ -85,42 +89,76 @@ class BackboneSpec(Frozen):
     `python:MODULE:FUNCTION` for your own network."""
     weights: str = Field(default="pretrained", min_length=1)
     """`pretrained` (what the name stands for), `random`, or the path of a .safetensors or state-dict file."""
+    seed: int = Field(default=0, ge=0, lt=1 << 31)
+    """Of random weights."""
 
 
-def _say_what_a_depth_is(value: Any, handler: Callable[[Any], Any]) -> Any:
-    """One message in place of one per type that a depth may have."""
-    try:
-        return handler(value)
-    except ValidationError:
-        raise ValueError(
-            'a depth is a whole number of stages (1 = one stage), a share of them from 0.0 to 1.0 (1.0 = all), or "all"'
-        ) from None
-
-
-Depth = Annotated[
-    Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | Literal["all"],
-    WrapValidator(_say_what_a_depth_is),
-]
+OWN_KEYS: dict[str, tuple[Strategy, ...]] = {
+    "depth": (
+        *("freeze_depth", "surgical", "layer_decay", "discriminative", "gradual", "lp_ft", "norm_only", "bias_only"),
+        *("lora", "dora", "auto_rgn"),
+    ),
+    "span": ("surgical",),
+    "lr_ratio": ("discriminative",),
+    "every": ("gradual",),
+    "probe_share": ("lp_ft",),
+    "rank": ("lora", "dora"),
+    "alpha": ("lora", "dora"),
+}
+"""Keys of [freeze] that some strategies have and others do not."""
+NEEDED_KEYS: dict[Strategy, tuple[str, ...]] = {
+    "freeze_depth": ("depth",),
+    "surgical": ("depth",),
+    "layer_decay": ("layer_decay",),
+    "discriminative": ("lr_ratio",),
+}
+NORM_POLICIES: dict[Strategy, tuple[str, ...]] = {
+    "norm_only": ("affine", "batch", "recalibrate"),
+    "bias_only": ("affine", "batch", "recalibrate"),
+    "scratch": ("batch",),  # statistics of random weights mean nothing
+}
+"""Which norm policies a strategy can have, the first when none is given."""
 
 
 class Freeze(Frozen):
     strategy: Strategy = "full"
-    """What is frozen when: nothing (`full`), all but the head (`linear_probe`), the first stages (`freeze_depth`)."""
+    """What is frozen when: see docs/strategies.md."""
     depth: Depth | None = None
-    """`freeze_depth` only: how many stages, from the input, are frozen. A whole number counts stages, a number with a
-    point is a share of them (1 = one stage, 1.0 = all), "all" leaves only the head."""
+    """How many stages, from the input, are frozen throughout. A whole number counts stages, a number with a point is a share
+    of them (1 = one stage, 1.0 = all), "all" leaves only the head. Needed by `freeze_depth` and `surgical`; none when not
+    given. Not for strategies that say themselves what is frozen (`full`, `linear_probe`, `freeze_embed`, …)."""
+    span: int | None = Field(default=None, ge=1)
+    """`surgical` only: how many stages train, from `depth` on; 1 when not given."""
     norm: Literal["frozen", "affine", "batch", "recalibrate"] = "frozen"
     """Norm layers of the trainable stages: fixed; statistics fixed and affine trained; both live; or statistics
-    recomputed on the train split, then as `affine`. Norm layers of frozen stages are always fixed."""
+    recomputed on the train split, then as `affine`. Norm layers of frozen stages are always fixed. When not given it is
+    `affine` for `norm_only` and `bias_only`, and `batch` for `scratch`."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Learning rate of a stage relative to the one after it; 1.0 is one rate for the whole backbone."""
+    lr_ratio: float | None = Field(default=None, gt=0, le=1)
+    """`discriminative` only: learning rate of the first stage relative to the last one's."""
+    every: int | None = Field(default=None, ge=1)
+    """`gradual` only: epochs between one unfreezing and the next; 1 when not given."""
+    probe_share: float | None = Field(default=None, ge=0, le=1)
+    """`lp_ft` only: share of the epochs in which the head trains alone; 0.5 when not given."""
+    rank: int | None = Field(default=None, ge=1, le=4096)
+    """`lora` and `dora` only: rank of the updates; 8 when not given."""
+    alpha: float | None = Field(default=None, gt=0)
+    """`lora` and `dora` only: updates are scaled by alpha / rank; twice the rank when not given."""
 
     @model_validator(mode="after")
-    def _depth_belongs_to_freeze_depth(self) -> Freeze:
-        if (self.depth is not None) != (self.strategy == "freeze_depth"):
-            raise ValueError(
-                f"depth is for strategy = 'freeze_depth', and is needed there (strategy = {self.strategy!r}, depth = {self.depth!r})"
-            )
+    def _keys_belong_to_the_strategy(self) -> Freeze:
+        for key, strategies in OWN_KEYS.items():
+            if getattr(self, key) is not None and self.strategy not in strategies:
+                raise ValueError(f"{key} is not for strategy = {self.strategy!r}; it is for {', '.join(strategies)}")
+        for key in NEEDED_KEYS.get(self.strategy, ()):
+            if key not in self.model_fields_set or getattr(self, key) is None:
+                raise ValueError(f"strategy = {self.strategy!r} needs {key}")
+        allowed = NORM_POLICIES.get(self.strategy)
+        if allowed and "norm" not in self.model_fields_set:
+            object.__setattr__(self, "norm", allowed[0])
+        elif allowed and self.norm not in allowed:
+            raise ValueError(f"strategy = {self.strategy!r} needs norm = {' or '.join(allowed)}, not {self.norm}")
         return self
 
 
@@ -161,11 +199,23 @@ class Train(Frozen):
     """Share of each target that is spread evenly over all classes, in the training loss only."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient over all trainable parameters; not clipped when not given."""
+    l2_sp: float = Field(default=0.0, ge=0, le=10)
+    """Pull of trained backbone weights towards their pretrained values (L2-SP, Li et al. 2018): this times their difference is
+    added to the gradient."""
+    wise: float | None = Field(default=None, ge=0, le=1)
+    """What is scored and saved lies between where training started (0) and where it is (1), in weights (WiSE-FT, Wortsman et
+    al. 2022); best from a head that is trained already (`lp_ft`, head.init = "probe")."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay per step of an exponential moving average of the trained weights, which is then what is scored and saved
     (with the running statistics of norm layers as they are)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass; `auto` is bf16 on a GPU that has it, else fp32."""
+
+    @model_validator(mode="after")
+    def _one_thing_is_scored(self) -> Train:
+        if self.ema is not None and self.wise is not None:
+            raise ValueError("ema and wise exclude each other: each says which weights are scored and saved")
+        return self
 
 
 class Augment(Frozen):
@@ -240,6 +290,11 @@ class Pruner(Frozen):
 class Search(Frozen):
     trials: int = Field(default=24, ge=1, le=1_000_000)
     """Trials over all arms; each arm gets an equal share."""
+    steps: int | None = Field(default=None, ge=1)
+    """Training steps over all arms; an arm that has spent its equal share asks for no more trials, stopped and failed ones being
+    charged too. No limit when not given."""
+    device_s: float | None = Field(default=None, gt=0)
+    """The same in device seconds, as each trial would have taken by itself (`alone_s`)."""
     sampler: Sampler = "tpe"
     """What proposes configurations in arms that name no sampler of their own."""
     startup_trials: int = Field(default=10, ge=1)
@@ -259,47 +314,6 @@ class Confirm(Frozen):
     """How many fresh seeds a finalist is re-run on; each is scored once on test."""
     finalists: Literal["best", "arms"] = "best"
     """The best configuration of the study, or the best of each arm."""
-
-
-class Range(Frozen):
-    """A searched interval, both ends included; whole numbers where the key holds whole numbers."""
-
-    low: float
-    """The smallest value that is drawn."""
-    high: float
-    """The largest value that is drawn."""
-    log: bool = False
-    """Draw uniformly in the logarithm."""
-    step: float | None = Field(default=None, gt=0)
-    """Draw low, low + step, … up to high only; any value of the interval (any whole number) when not given."""
-
-    @model_validator(mode="after")
-    def _is_an_interval(self) -> Range:
-        if self.low >= self.high:
-            raise ValueError(f"low = {self.low:g} must be below high = {self.high:g}")
-        if self.log and self.low <= 0:
-            raise ValueError(f"log = true needs low above 0, not {self.low:g}")
-        if self.log and self.step is not None:
-            raise ValueError("log and step exclude each other; leave one out, or give a list of choices")
-        low, high, step = (Fraction(str(value)) for value in (self.low, self.high, self.step or 1.0))
-        if self.step is not None and (high - low) % step:
-            raise ValueError(
-                f"steps of {self.step:g} from low = {self.low:g} miss high = {self.high:g}; "
-                f"the last value that they reach is {float(high - (high - low) % step):g}"
-            )
-        return self
-
-
-def _dimension_kind(value: Any) -> str:
-    return "range" if isinstance(value, Mapping | Range) else "choice" if isinstance(value, list | tuple) else "value"
-
-
-Dimension = Annotated[
-    Annotated[Range, Tag("range")]
-    | Annotated[tuple[Scalar, ...], Field(min_length=1, strict=False), Tag("choice")]
-    | Annotated[Scalar, Tag("value")],
-    Discriminator(_dimension_kind),
-]
 
 
 def _spell_out_the_space(schema: dict[str, Any]) -> None:
@@ -350,7 +364,7 @@ class Job(Frozen):
     resources: Resources = Resources()
     search: Search = Search()
     confirm: Confirm = Confirm()
-    arms: dict[Name, Arm] = {}
+    arms: dict[Name, Arm] = Field(default={})
 
     @property
     def folder(self) -> Path:
@@ -365,21 +379,18 @@ class Config(Frozen):
     head: Head
     train: Train
 
+    @model_validator(mode="after")
+    def _zero_head_is_one(self) -> Config:
+        if self.freeze.strategy == "zero_head" and self.head.init != "zero":
+            if "init" in self.head.model_fields_set:
+                raise ValueError(f"strategy = 'zero_head' starts at head.init = 'zero', not {self.head.init!r}")
+            object.__setattr__(self, "head", self.head.model_copy(update={"init": "zero"}))
+        return self
+
     @property
     def id(self) -> str:
         """Equal for equal configurations: 16 hex digits of the SHA-256 of their canonical JSON."""
         return digest(self.model_dump(mode="json"))
-
-
-class Seeds(Frozen):
-    """One seed per use of randomness (P13): changing the strategy changes none of the others."""
-
-    split: int
-    subset: int
-    augment: int
-    order: int
-    head: int
-    dropout: int
 
 
 class TrialSpec(Frozen):
@@ -405,21 +416,22 @@ class TrialSpec(Frozen):
     resources: Resources
 
 
+def starting_point(backbone: BackboneSpec, config: Config, seeds: Seeds) -> BackboneSpec:
+    """The backbone that a configuration starts from: the job's, or the same network from random weights."""
+    if config.freeze.strategy != "scratch":
+        return backbone
+    return backbone.model_copy(update={"weights": "random", "seed": seeds.init})
+
+
 def digest(value: Any) -> str:
     """16 hex digits of the SHA-256 of a JSON value's canonical text."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
-def derive_seed(root: int, *names: str | int) -> int:
-    """A seed below 2^30 for one named use of randomness under `root`; different names give independent seeds."""
-    text = json.dumps([root, *names])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 2
-
-
 def search_seeds(job: Job, arm: str, number: int) -> tuple[int, Seeds]:
     """A search trial's own seed, which drives head initialisation and dropout; all else is shared by the study."""
     seed = derive_seed(job.seed, "search", arm, number)
-    shared = {name: derive_seed(job.seed, name) for name in ("split", "subset", "augment", "order")}
+    shared = {name: derive_seed(job.seed, name) for name in ("split", "subset", "augment", "order", "init")}
     return seed, Seeds(**shared, head=derive_seed(seed, "head"), dropout=derive_seed(seed, "dropout"))
 
 
@@ -427,7 +439,7 @@ def confirm_seeds(job: Job, index: int) -> tuple[int, Seeds]:
     """Seed number `index` of the confirmations, the same in every arm (paired) and, lying above 2^30, never a search seed.
     It redraws train subset, augmentation, head, order and dropout together; the split stays."""
     seed = (1 << 30) + derive_seed(job.seed, "confirm", index)
-    redrawn = {name: derive_seed(seed, name) for name in ("subset", "augment", "order", "head", "dropout")}
+    redrawn = {name: derive_seed(seed, name) for name in ("subset", "augment", "order", "head", "dropout", "init")}
     return seed, Seeds(split=derive_seed(job.seed, "split"), **redrawn)
 
 

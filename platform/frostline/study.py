@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from frostline import results
+from frostline.budget import Budget
 from frostline.claim import record_job, take_lease
 from frostline.commit import clean, publish_folder
 from frostline.costs import alone_seconds, times_of
@@ -32,8 +33,10 @@ from frostline.ledger import Ledger
 from frostline.pack import take_pack
 from frostline.probes import Probe, best_probe
 from frostline.propose import Proposer, batch
-from frostline.spec import Config, Job, Mode, Round, Seeds, TrialSpec, configure, confirm_seeds, search_seeds
+from frostline.seeds import Seeds
+from frostline.spec import Config, Job, Mode, Round, TrialSpec, configure, confirm_seeds, search_seeds, starting_point
 from frostline.store import Store
+from frostline.strategies import judged_epoch, run_cuts
 from frostline.train import EpochRecord
 from frostline.trial import Outcome, lost
 
@@ -86,9 +89,8 @@ class Study:
             self.share = job.search.trials // len(job.arms)
             self.stages = len(facts["stages"])
             self.proposers = {name: Proposer(job, name, self.stages, self.share) for name in job.arms}
-            self.shares = {
-                name: min(self.share, proposer.points or self.share) for name, proposer in self.proposers.items()
-            }
+            shares = {name: min(self.share, each.points or self.share) for name, each in self.proposers.items()}
+            self.budget = Budget(job.search, shares)
             facts = record_job(self.folder, job, facts, splits)
             self.cached_cuts = frozenset(facts.get("cached_cuts", ()))
             self.probed_cuts = tuple(facts.get("probed_cuts", ()))
@@ -164,12 +166,13 @@ class Study:
             yield self._spec("sketch", arm, 0, "search", seed, seeds, config)
 
     def report(self, records: Mapping[str, EpochRecord]) -> dict[str, bool]:
-        """Hear an epoch of running trials; for each, whether it should go on. All are heard before any is judged."""
+        """Hear an epoch of running trials; for each, whether it should go on. All are heard before any is judged, and none
+        before it has unfrozen anything that it is going to."""
         by_arm: dict[str, dict[int, tuple[int, float]]] = {}
         for trial_id, record in records.items():
             spec = self.running[trial_id].spec
-            if spec.round == "search":
-                by_arm.setdefault(spec.arm, {})[spec.number] = record.epoch, record.val_score
+            if spec.round == "search" and (epoch := judged_epoch(spec.config, record.epoch)):
+                by_arm.setdefault(spec.arm, {})[spec.number] = epoch, record.val_score
         stops = {
             (arm, number): stop
             for arm, heard in by_arm.items()
@@ -178,7 +181,7 @@ class Study:
         answers, heard_seq = {}, self.seq
         for trial_id, record in records.items():
             running = self.running[trial_id]
-            stop = running.spec.round == "search" and stops[running.spec.arm, running.spec.number]
+            stop = running.spec.round == "search" and stops.get((running.spec.arm, running.spec.number), False)
             running.records.append(record)
             running.epoch_rows.append(_epoch_row(trial_id, record, self._next_seq(), heard_seq, stop))
             answers[trial_id] = not stop
@@ -223,12 +226,13 @@ class Study:
             "tell_seq": self._next_seq(),
             "pack": running.pack,
             "lanes": running.lanes,
-            "alone_s": self._alone_s(outcome.row),
+            "alone_s": self._alone_s(running.spec.config, outcome.row),
         }
         done = remember(row)
         if outcome.bundle and best_of([*self._confirmed(), done], self.mode) == done:
             publish_folder(self.folder / "bundle", outcome.bundle)
         if running.spec.round == "search":
+            self.budget.charge(row)
             self.proposers[row["arm"]].tell(row["number"], row["status"], row.get("val_score"))
         self.ledger.add("trials", [row])
         self.ledger.add("epochs", running.epoch_rows)
@@ -251,8 +255,9 @@ class Study:
 
     @property
     def total(self) -> int:
-        """Trials of the search: a finite space may have fewer points than its arm's share."""
-        return sum(self.shares.values())
+        """Trials of the search, as far as can be told: a finite space may have fewer points than its arm's share, and a limit
+        of steps or seconds may be reached before."""
+        return sum(proposer.asked for proposer in self.proposers.values()) + self._search_left()
 
     @property
     def searching(self) -> bool:
@@ -301,19 +306,20 @@ class Study:
     # --- what comes next ---
 
     def _search_left(self) -> int:
-        return sum(self.shares[name] - proposer.asked for name, proposer in self.proposers.items())
+        return sum(self.budget.left(name, proposer.asked) for name, proposer in self.proposers.items())
 
     def _next_search(self, packs: int) -> list[Running]:
         """A batch of proposals, for as many packs at most, of the arm that has proposed least: its strong defaults first, of
         these and of the others those that train least."""
-        open_arms = [name for name, proposer in self.proposers.items() if proposer.asked < self.shares[name]]
+        left = {name: self.budget.left(name, proposer.asked) for name, proposer in self.proposers.items()}
+        open_arms = [name for name in left if left[name]]
         if not open_arms:
             return []
         name = min(open_arms, key=lambda name: self.proposers[name].asked)
         proposer, search = self.proposers[name], self.job.search
         first = proposer.asked
         found = []
-        size = batch(proposer.kind, first, self.shares[name], search.lanes * packs, search.startup_trials)
+        size = batch(proposer.kind, first, first + left[name], search.lanes * packs, search.startup_trials)
         for number, values in enumerate(proposer.ask(size), first):
             running = Running(self._search_spec(name, number, values), ask_seq=self._next_seq())
             found.append(running)
@@ -361,7 +367,7 @@ class Study:
             seed=seed,
             seeds=seeds,
             data=self.job.data,
-            backbone=self.job.backbone,
+            backbone=starting_point(self.job.backbone, config, seeds),
             config=config,
             augment=self.job.augment,
             features=self.job.features,
@@ -379,14 +385,14 @@ class Study:
             return True
         return cut in self.cached_cuts and (cut < end or end == self.stages)
 
-    def _alone_s(self, row: Mapping[str, Any]) -> float | None:
+    def _alone_s(self, config: Config, row: Mapping[str, Any]) -> float | None:
         """What the trial would have taken by itself; null where its cut, its data or the cost of a stage is not known."""
         if self.times is None or row.get("n_val") is None:
             return None
         sizes = (row["n_train"], row["n_val"], row.get("n_test", 0))
         cut, end = row["freeze_depth"], row["head_depth"]
         early = (row["head_init"] == "probe") + (row["norm"] == "recalibrate" and cut < end)
-        return alone_seconds(self.times, cut, row["epochs"], *sizes, early=early, end=end)
+        return alone_seconds(self.times, run_cuts(config, self.stages, row["epochs"]), *sizes, early=early, end=end)
 
     def _confirmations(self) -> dict[str, tuple[Finished, int]]:
         """Trial id of every confirmation -> its finalist and the number of its seed; none before the search has ended."""
@@ -442,9 +448,14 @@ class Study:
                 spec = self._search_spec(ask["arm"], ask["number"], values)
                 self.waiting.append(Running(spec, ask_seq=ask["seq"]))
             else:
-                heard = epochs.get(ask["trial_id"], {})
+                config = configure(self.job, self.job.arms[ask["arm"]], values)
+                known = epochs.get(ask["trial_id"], {})
+                heard = {judged: known[epoch] for epoch in known if (judged := judged_epoch(config, epoch))}
                 proposer.restore(values, status=row["status"], score=row["val_score"], epochs=heard)
             last_seq = max(last_seq, ask["seq"])
+        for row in rows:
+            if row["round"] == "search":
+                self.budget.charge(row)
         self.finished = [remember(row) for row in sorted(rows, key=lambda row: row["tell_seq"])]
         self.seq = max([last_seq, *(row["tell_seq"] for row in rows)]) + 1
 
@@ -453,7 +464,7 @@ def _epoch_row(trial_id: str, record: EpochRecord, seq: int, heard_seq: int, sto
     return {
         "trial_id": trial_id,
         "epoch": record.epoch,
-        "phase": 0,
+        "phase": record.phase,
         "seq": seq,
         "heard_seq": heard_seq,
         "train_loss": record.train_loss,

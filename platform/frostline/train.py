@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,21 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from frostline.cuts import widened
 from frostline.features import EVAL_BATCH, Fetch, chunks
-from frostline.freeze import Applied, Network, check_gradients, check_masks, train_mode
+from frostline.freeze import (
+    Applied,
+    FreezeError,
+    Network,
+    check_gradients,
+    check_masks,
+    enforce,
+    fixed_hash,
+    train_mode,
+    whole,
+)
 from frostline.head import seed_dropout
 from frostline.metrics import scores
-from frostline.spec import Metric, Train, derive_seed
+from frostline.seeds import derive_seed
+from frostline.spec import Metric, Train
 from frostline.world import mixed
 
 REMEDY = "try a lower learning rate"
@@ -52,6 +64,7 @@ class EpochRecord:
     images: int
     seconds: float  # of this epoch's training and validation
     eval_seconds: float
+    phase: int = 0  # of the strategy, counted from 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ def train_epochs(*arguments: Any, **named: Any) -> Iterator[EpochRecord]:
 
 def train_steps(
     network: Network,
-    applied: Applied,
+    phases: Sequence[Applied],
     config: Train,
     *,
     train: Batches,
@@ -79,84 +92,146 @@ def train_steps(
     autocast: torch.dtype | None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[EpochRecord | None]:
-    """Train; yield None after each step of an epoch but its last, and the record after that. Stop by closing it.
+    """Train, phase by phase; yield None after each step of an epoch but its last, and the record after that. Stop by closing
+    it.
 
-    `clock` answers seconds. Raises NonFiniteError, or FreezeError where masks, optimizer and gradients do not agree.
+    `clock` answers seconds. Raises NonFiniteError, or FreezeError where masks, optimizer and gradients do not agree, or a
+    phase has moved what it holds fixed.
     """
-    optimizer = build_optimizer(network, applied, config)
-    check_masks(network, applied, optimizer)
-    average = Average(network, applied, config.ema) if config.ema is not None else None
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    everything = whole(phases).trained
+    average = Average(network, everything, config.ema) if config.ema is not None else None
+    pull = Pull(network, everything, config.l2_sp) if config.l2_sp else None
     order = np.random.default_rng(seeding.order)
     torch.manual_seed(derive_seed(seeding.dropout, "backbone"))
     seed_dropout(network.head, seeding.dropout)
     per_epoch = -(-len(train.samples) // config.batch_size)
+    optimizer: torch.optim.Optimizer | None = None
     step, factor = 0, 0.0
 
-    for epoch in range(1, config.epochs + 1):
-        started = clock()
-        train_mode(network, applied)
-        total = torch.zeros((), device=train.labels.device)
-        for batch in chunks(order.permutation(len(train.samples)), config.batch_size):
-            factor = rate_factor(step, per_epoch * config.epochs, config)
-            for group in optimizer.param_groups:
-                group["lr"] = factor * group["peak_lr"]
-            optimizer.zero_grad(set_to_none=True)
-            with mixed(train.labels.device, autocast):
-                logits = network(train.fetch(train.samples[batch], epoch))
-                loss = functional.cross_entropy(
-                    widened(logits), train.labels[batch], label_smoothing=config.label_smoothing
-                )
-            loss.backward()
-            if step == 0:
-                check_gradients(network, applied)
-            if config.clip_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-            optimizer.step()
-            if average is not None:
-                average.update(step)
-            total += loss.detach() * len(batch)
-            step += 1
-            if step % per_epoch:
-                yield None
-        train_loss = float(total) / len(train.samples)
-        if not math.isfinite(train_loss):
-            raise NonFiniteError(f"the training loss of epoch {epoch} is {train_loss}; {REMEDY}")
+    for number, (applied, stretch) in enumerate(zip(phases, stretches(phases, config.epochs), strict=True)):
+        first_step, from_step = (per_epoch * epochs for epochs in (stretch.first - 1, stretch.from_epoch - 1))
+        last_phase = stretch.last == config.epochs
+        enforce(network, applied)
+        optimizer = build_optimizer(network, applied, config, None if applied.restart else optimizer)
+        check_masks(network, applied, optimizer)
+        held = fixed_hash(network, applied) if len(phases) > 1 else None
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        relative = RelativeNorms(optimizer) if applied.relative else None
+        blend = Blend(network, everything, config.wise) if config.wise is not None and last_phase else None
+        scored = average or blend
 
-        eval_started = clock()
-        with average.swapped_in() if average is not None else nullcontext():
-            logits = predict(network, val, autocast)
-        if not np.isfinite(logits).all():
-            raise NonFiniteError(f"validation after epoch {epoch} gives logits that are not finite; {REMEDY}")
-        val_scores = scores(logits, val.labels.cpu().numpy())
-        finished = clock()
-        yield EpochRecord(
-            epoch=epoch,
-            train_loss=train_loss,
-            val=val_scores,
-            val_score=val_scores[metric],
-            lr=factor * config.lr,
-            head_lr=factor * config.head_lr,
-            images=len(train.samples),
-            seconds=finished - started,
-            eval_seconds=finished - eval_started,
-        )
-    if average is not None:
-        average.keep()
+        for epoch in range(stretch.first, stretch.last + 1):
+            started = clock()
+            train_mode(network, applied)
+            total = torch.zeros((), device=train.labels.device)
+            for batch in chunks(order.permutation(len(train.samples)), config.batch_size):
+                optimizer.zero_grad(set_to_none=True)
+                with mixed(train.labels.device, autocast):
+                    logits = network(train.fetch(train.samples[batch], epoch))
+                    loss = functional.cross_entropy(
+                        widened(logits), train.labels[batch], label_smoothing=config.label_smoothing
+                    )
+                loss.backward()
+                if step == first_step:
+                    check_gradients(network, applied)
+                if pull is not None:
+                    pull.add()
+                if config.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                if relative is not None:
+                    relative.take()
+                factor = rate_factor(step - from_step, per_epoch * stretch.scheduled, config)
+                for group in optimizer.param_groups:
+                    group["lr"] = factor * group["peak_lr"] * group.get("weight", 1.0)
+                optimizer.step()
+                if average is not None:
+                    average.update(step)
+                total += loss.detach() * len(batch)
+                step += 1
+                if step % per_epoch:
+                    yield None
+            train_loss = float(total) / len(train.samples)
+            if not math.isfinite(train_loss):
+                raise NonFiniteError(f"the training loss of epoch {epoch} is {train_loss}; {REMEDY}")
+            if relative is not None:
+                relative.settle()
+
+            eval_started = clock()
+            with scored.swapped_in() if scored is not None else nullcontext():
+                logits = predict(network, val, autocast)
+            if not np.isfinite(logits).all():
+                raise NonFiniteError(f"validation after epoch {epoch} gives logits that are not finite; {REMEDY}")
+            val_scores = scores(logits, val.labels.cpu().numpy())
+            finished = clock()
+            yield EpochRecord(
+                epoch=epoch,
+                phase=number,
+                train_loss=train_loss,
+                val=val_scores,
+                val_score=val_scores[metric],
+                lr=factor * config.lr,
+                head_lr=factor * config.head_lr,
+                images=len(train.samples),
+                seconds=finished - started,
+                eval_seconds=finished - eval_started,
+            )
+        if held is not None and fixed_hash(network, applied) != held:
+            raise FreezeError(f"phase {number} of training moved a tensor that it holds fixed")
+        if scored is not None and last_phase:
+            scored.keep()
 
 
-def build_optimizer(network: Network, applied: Applied, config: Train) -> torch.optim.Optimizer:
-    """One group per (peak learning rate, weight decay); every trained parameter is in exactly one."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+@dataclass(frozen=True)
+class Stretch:
+    """The epochs of a phase, counted from 1, and the schedule that they are part of."""
+
+    first: int
+    last: int
+    from_epoch: int
+    """At which the schedule begins."""
+    scheduled: int
+    """Epochs of it."""
+
+
+def stretches(phases: Sequence[Applied], epochs: int) -> list[Stretch]:
+    """When each phase runs; the last one takes all epochs that are left. A schedule goes on over the phases that do not
+    restart it."""
+    ends = [*accumulate(phase.epochs for phase in phases[:-1]), epochs]
+    firsts = [1, *(end + 1 for end in ends[:-1])]
+    begins = [first for phase, first in zip(phases, firsts, strict=True) if phase.restart or first == 1]
+    found = []
+    for first, last in zip(firsts, ends, strict=True):
+        begin = max(each for each in begins if each <= first)
+        until = min((each for each in begins if each > first), default=epochs + 1)
+        found.append(Stretch(first, last, begin, until - begin))
+    return found
+
+
+def build_optimizer(
+    network: Network, applied: Applied, config: Train, before: torch.optim.Optimizer | None = None
+) -> torch.optim.Optimizer:
+    """One group per (peak learning rate, weight decay), or per tensor where rates follow gradients; every trained parameter is
+    in exactly one. What trained under the optimizer `before` keeps its moments."""
+    groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if name in applied.trained:
-            base = config.head_lr if name.startswith("head.") else config.lr
+            head = name.startswith("head.")
+            base = config.head_lr if head else config.lr
             decay = 0.0 if name in applied.undecayed else config.weight_decay
-            groups.setdefault((base * applied.trained[name], decay), []).append(parameter)
-    table = [{"params": params, "peak_lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+            alone = (name,) if applied.relative and not head else ()
+            groups.setdefault((base * applied.trained[name], decay, *alone), []).append(parameter)
+    table = [
+        {"params": params, "peak_lr": lr, "weight_decay": decay, "relative": bool(alone)}
+        for (lr, decay, *alone), params in groups.items()
+    ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(table, lr=config.lr, momentum=config.momentum, fused=True)
-    return torch.optim.AdamW(table, lr=config.lr, fused=True)  # one pass over memory a step, on every device
+        optimizer = torch.optim.SGD(table, lr=config.lr, momentum=config.momentum, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(table, lr=config.lr, fused=True)  # one pass over memory a step, on every device
+    if before is not None:
+        kept = {parameter for group in optimizer.param_groups for parameter in group["params"]} & before.state.keys()
+        optimizer.state.update({parameter: before.state[parameter] for parameter in kept})
+    return optimizer
 
 
 def rate_factor(step: int, steps: int, config: Train) -> float:
@@ -202,34 +277,111 @@ def recalibrate(network: Network, applied: Applied, train: Batches, seed: int) -
         layer.training = False
 
 
-class Average:
-    """An exponential moving average of the trained parameters, with the usual short memory at the start."""
+class Pull:
+    """L2-SP (Li et al. 2018): the gradient of strength / 2 times the squared distance of trained backbone weights from where
+    they were."""
 
-    def __init__(self, network: Network, applied: Applied, decay: float) -> None:
-        self.live = [p for name, p in network.named_parameters() if name in applied.trained]
-        self.mean = [p.detach().clone() for p in self.live]
-        self.decay = decay
+    def __init__(self, network: Network, trained: Collection[str], strength: float) -> None:
+        parameters = [p for name, p in network.named_parameters() if name in trained and name.startswith("backbone.")]
+        self.pairs = [(parameter, parameter.detach().clone()) for parameter in parameters]
+        self.strength = strength
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after `step` (from 0)."""
-        keep = min(self.decay, (1 + step) / (10 + step))
-        for mean, live in zip(self.mean, self.live, strict=True):
-            mean.lerp_(live, 1 - keep)
+    def add(self) -> None:
+        """Add it to the gradients that are there."""
+        for parameter, start in self.pairs:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - start, alpha=self.strength)
+
+
+class RelativeNorms:
+    """Auto-RGN (Lee et al. 2023): each tensor's learning rate is weighted by the norm of its gradient over its own, summed
+    over the last epoch's steps (before that, of the first step), the largest being 1. A tensor of zeros has weight 1."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.groups = [group for group in optimizer.param_groups if group["relative"]]
+        self.sums: Tensor | None = None
+        self.settled = False
+
+    def take(self) -> None:
+        """Take in the gradients of a step."""
+        parameters = [group["params"][0] for group in self.groups]
+        if not parameters:
+            return
+        own = torch.stack([parameter.detach().norm() for parameter in parameters])
+        found = torch.stack([parameter.grad.norm() for parameter in parameters]) / own  # inf, or NaN, for zeros
+        self.sums = found if self.sums is None else self.sums + found
+        if not self.settled:
+            self.settle()
+
+    def settle(self) -> None:
+        """Set the weights by what was taken in since the last time."""
+        if self.sums is None:
+            return
+        finite = self.sums.isfinite()
+        largest = self.sums[finite].max() if finite.any() else self.sums.new_ones(())
+        weights = torch.where(finite, self.sums / largest.clamp(min=1e-30), 1.0)
+        for group, weight in zip(self.groups, weights.tolist(), strict=True):
+            group["weight"] = weight
+        self.sums, self.settled = None, True
+
+
+class Scored:
+    """Other values of the trained parameters than the live ones, which are scored and saved in their place."""
+
+    def __init__(self, network: Network, trained: Collection[str]) -> None:
+        self.live = [p for name, p in network.named_parameters() if name in trained]
+        self.held = [p.detach().clone() for p in self.live]
+
+    def values(self) -> Sequence[Tensor]:
+        """Those."""
+        raise NotImplementedError
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the block the network holds the averages."""
+        """Within the block the network holds them."""
         kept = [live.detach().clone() for live in self.live]
         self.keep()
         yield
         self._put(kept)
 
     def keep(self) -> None:
-        """Put the averages into the network for good."""
-        self._put(self.mean)
+        """Put them into the network for good."""
+        self._put(self.values())
 
     @torch.no_grad()
     def _put(self, values: Sequence[Tensor]) -> None:
         for live, value in zip(self.live, values, strict=True):
             live.copy_(value)
+
+
+class Average(Scored):
+    """An exponential moving average of the trained parameters, with the usual short memory at the start."""
+
+    def __init__(self, network: Network, trained: Collection[str], decay: float) -> None:
+        super().__init__(network, trained)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after `step` (from 0)."""
+        keep = min(self.decay, (1 + step) / (10 + step))
+        for mean, live in zip(self.held, self.live, strict=True):
+            mean.lerp_(live, 1 - keep)
+
+    def values(self) -> Sequence[Tensor]:
+        """The averages."""
+        return self.held
+
+
+class Blend(Scored):
+    """WiSE-FT (Wortsman et al. 2022): weights between where they were (0) and where they are (1)."""
+
+    def __init__(self, network: Network, trained: Collection[str], share: float) -> None:
+        super().__init__(network, trained)
+        self.share = share
+
+    @torch.no_grad()
+    def values(self) -> Sequence[Tensor]:
+        """Those between."""
+        return [torch.lerp(start, live, self.share) for start, live in zip(self.held, self.live, strict=True)]

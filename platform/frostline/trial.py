@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from frostline.adapters import adapt
 from frostline.backbone import load_backbone
 from frostline.bundle import bundle_files
 from frostline.cuts import leave_at, pooled_cut, resume, round_at
 from frostline.data import load_data, subset
 from frostline.depths import end_of
 from frostline.features import Feed, Origin, on_device
-from frostline.freeze import Applied, FreezeError, Network, Plan, apply_plan, compile_plan, fixed_hash
+from frostline.freeze import Applied, FreezeError, Network, Plan, apply_plan, compile_plan, fixed_hash, whole
 from frostline.head import build_head, set_probe
 from frostline.rows import (
     Cost,
@@ -75,9 +76,12 @@ def trial_steps(
     backbone, dataset = origin.backbone, origin.dataset
     cost.lap("data")
 
-    plan = compile_plan(config.freeze, backbone.stages, end_of(config.head, len(backbone.stages)))
+    end = end_of(config.head, len(backbone.stages))
+    plan = compile_plan(config.freeze, backbone.stages, end, config.train.epochs)
     network = Network(on_device(backbone, world.device), head_of(spec, origin))
-    applied = apply_plan(plan, network, backbone)
+    adapt(network.backbone, config.freeze, backbone.stages[plan.cut : plan.end], spec.seeds.head)
+    phases = apply_plan(plan, network, backbone)
+    applied = whole(phases)
     row |= describe_network(network, applied, backbone, plan, config.train)
     row |= {"inputs": "features" if spec.cached else "images", "precision": "bf16" if origin.autocast else "fp32"}
     feed_in(network.backbone, plan, origin, cached=spec.cached)
@@ -103,7 +107,7 @@ def trial_steps(
     records, status = [], "complete"
     for record in train_steps(
         network,
-        applied,
+        phases,
         config.train,
         train=train,
         val=val,
@@ -128,7 +132,7 @@ def trial_steps(
         test = batches(dataset.indices("test"))
         confirm(outcome, spec, test.samples, predict(network, test, origin.autocast), network, applied, origin)
         cost.lap("eval")
-    row |= cost.columns(records, row, feed.images_forwarded)
+    row |= cost.columns(records, row, feed.images_forwarded, plan)
     return outcome
 
 

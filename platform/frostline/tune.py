@@ -13,7 +13,9 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +103,18 @@ def run_tune(
     who: Mapping[str, Any],
     show: Callable[[Snapshot], None],
     address: str | None = None,
+    connected: Callable[[], None] | None = None,
     trainable: type[Worker] = Worker,
 ) -> Snapshot:
-    """Run the study on the cluster at `address`, or on a local one that is started and stopped here.
+    """Run the study on the cluster at `address`, or on a local one that is started and stopped here; or (`connected`) on one
+    that is being connected to.
 
     Without `facts`, which say what the stages cost, a worker finds them on the hardware that trials get. `trainable` is what
     runs the trials; benchmarks and fault tests give one that does no work.
     Raises PlacementError before anything starts where no node can hold a trial.
     """
-    with _cluster(address):
+    with nullcontext(connected) if connected else cluster(address) as wait:
+        wait()
         gpus = gpus_of_a_trial(job.resources, ray.cluster_resources().get("GPU", 0))
         if job.resources.device == "cuda" and not gpus:
             raise PlacementError("resources.device = 'cuda', and no node has a GPU to give; use 'auto' or 'cpu'")
@@ -125,9 +130,8 @@ def run_tune(
         opening = study.open.remote(job, facts, splits, dict(who), slots)
         workers = min(slots, max(job.search.trials, job.confirm.seeds))
         searcher = StudySearcher(study, opening, workers)
-        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(
-            workers + 1
-        )  # else each waits for the one before to have started
+        # else each worker waits until the one before has started
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(workers + 1)
         try:
             with _watching(study, show), tempfile.TemporaryDirectory(prefix="frostline-tune-") as scratch:
                 tune.Tuner(
@@ -174,11 +178,28 @@ def concurrency(cpus: float, gpus: float, nodes: list[Mapping[str, float]]) -> i
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
-    """Connected to Ray: to a cluster that is there, which is sent this very code, or to one of our own."""
+def cluster(address: str | None) -> Iterator[Callable[[], None]]:
+    """Connected to Ray, in a thread of its own, as that takes seconds: call what is yielded to wait for it."""
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1, "frostline-ray") as pool:
+        connecting = pool.submit(_connect, address)
+
+        def wait() -> None:
+            connecting.result()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler aborts the process
+
+        try:
+            yield wait
+        finally:
+            futures.wait([connecting])
+            ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    """To a cluster that is there, which is sent this very code, or to one of our own. Raises ClusterError."""
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    on_terminate = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if address is None:
         ray.init("local", include_dashboard=False, **options)
@@ -190,12 +211,6 @@ def _cluster(address: str | None) -> Iterator[None]:
                 f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}. If there is one, it may want a "
                 "token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH where its token is not in ~/.ray/auth_token"
             ) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler aborts the process
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _short_name(trial: Any) -> str:
