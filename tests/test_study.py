@@ -401,7 +401,7 @@ def test_what_a_trial_costs_alone_is_worked_out_whatever_it_took(study_folder: P
             assert row["alone_s"] is None, "its data was never read"
         else:
             n_test = 30 if row["round"] == "confirm" else 0
-            assert row["alone_s"] == alone_seconds(TIMES, row["freeze_depth"], row["epochs"], 100, 20, n_test)
+            assert row["alone_s"] == alone_seconds(TIMES, {row["freeze_depth"]: row["epochs"]}, 100, 20, n_test)
     by_hand = next(row for row in rows if row["freeze_depth"] == 3 and row["epochs"] == 1 and row["round"] == "search")
     assert by_hand["alone_s"] == pytest.approx(0.5 + 100 * (0.04 + 0.001) + 20 * 0.04)
 
