@@ -82,16 +82,15 @@ def as_published(features: np.ndarray, target: np.ndarray, rounds: int = 11) -> 
     return (rest - determinant) / 2 / n
 
 
-def test_random_features_are_worth_nothing_though_there_be_more_of_them_than_samples() -> None:
+@pytest.mark.parametrize("classes", [2, 10, 17])
+def test_random_features_are_worth_nothing_though_there_be_more_of_them_than_samples(classes: int) -> None:
     rng = np.random.default_rng(0)
-    features, labels = (
-        torch.from_numpy(rng.normal(size=(100, 1280))),
-        torch.from_numpy(rng.permutation(np.arange(100) % 10)),
-    )
-    nothing = -math.log(2 * math.pi * math.e * 0.1) / 2  # a class is a tenth of the samples, and no weight helps
-    assert logme(features, labels, 10) == pytest.approx(nothing, abs=0.02)
-    published = [as_published(features.numpy(), (labels == label).double().numpy()) for label in range(10)]
-    assert np.mean(published) > 10, "what is wrong with it must show, or this test says nothing"
+    features, labels = rng.normal(size=(100, 1280)), rng.permutation(np.arange(100) % classes)
+    shares = np.bincount(labels) / 100
+    nothing = np.mean(-np.log(2 * math.pi * math.e * shares) / 2)  # what a regression without any weight has
+    assert logme(torch.from_numpy(features), torch.from_numpy(labels), classes) == pytest.approx(nothing, abs=0.02)
+    published = [as_published(features, (labels == label).astype(float)) for label in range(classes)]
+    assert np.mean(published) > 40, "what is wrong with it must show, or this test says nothing"
 
 
 @pytest.mark.parametrize(("n", "dim"), SHAPES)

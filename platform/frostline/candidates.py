@@ -206,7 +206,7 @@ def advice(candidate: Candidate, probed: Probed) -> Iterator[tuple[str, str]]:
     yield "", f"{_named(head)} there: {_said(head, probed)}"
     if others := equals(candidate, probed.mode):
         also = f"cut{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
-        yield "", f"not told apart from it: {also}; a deeper cut leaves less to train, an earlier one less to run"
+        yield "", f"not told apart from it: {also}; of these the earliest runs least"
     if candidate.weights != "random" and (found := distance(candidate, probed.metric, probed.mode)):
         word, drop, ratio = found
         where = f"{word}: the features are best at {100 * place.cut / candidate.stages:.0f} % of the depth"
@@ -242,7 +242,11 @@ def verdict(probed: Probed) -> Iterator[tuple[str, str]]:
             "chosen",
             f"on val's {probed.n_val:,} images, so that what is best looks better than it is: {probed.no_folds}",
         )
-    yield "nothing trained", "estimates of where to begin; what training makes of the stages, only a search says"
+    yield (
+        "nothing trained",
+        "these are estimates for heads on frozen stages, of where to begin; how many to freeze where later stages train, "
+        "only a search says",
+    )
 
 
 def _takes(probed: Probed) -> Iterator[str]:

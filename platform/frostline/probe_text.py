@@ -74,7 +74,7 @@ def _table(candidate: Candidate, probed: Probed) -> Table:
     methods = [head.method for head in candidate.places[0].heads]
     table.add_column("\ncut", justify="right")
     table.add_column("\n  after stage", justify="left", overflow="fold", max_width=STAGE_WIDTH)
-    for name in (" para-\nmeters ", "feat-\nures "):
+    for name in ("para- \nmeters ", "feat-\nures "):
         table.add_column(name, justify="right", no_wrap=True)
     shown: list[tuple[str, Sequence[float | None], bool]] = []
     for over, score in ((inner, _inner), ("val", _val)):
