@@ -27,19 +27,21 @@ def test_the_best_of_each_depth_counts() -> None:
     trials += [trial(0, 0.99), trial(5, 0.99), trial(2, None), trial(None, None), trial(2, float("nan"))]
     trials.append(trial(4, 0.99, round="confirm"))
     (found,) = agreements(PROBES, trials, "max")
-    assert (found.by, found.cuts, found.trials) == ("freeze_depth", 4, 7)
+    assert (found.by, found.cuts, found.trials, found.fewest) == ("freeze_depth", 4, 6, 1)
     assert found.tau == pytest.approx(1)
     assert found.depth_tau == pytest.approx(2 / 3)
     text = told(found)
     assert "best trial of each freeze depth: Kendall's tau 1.00, that of the depth alone 0.67" in text
-    assert "n = 4 depths, 7 complete trials; so few may agree by chance" in text
+    assert "(4 depths, 6 complete trials, at one depth 1; so few depths may agree by chance)" in text
 
 
 def test_heads_within_the_network_are_compared_where_they_stand() -> None:
-    trials = [trial(1, 0.9, head=1), trial(0, 0.8, head=2), trial(2, 0.7, head=3), trial(3, 0.99)]
-    (found,) = agreements(PROBES, trials, "max")
-    assert (found.by, found.cuts) == ("head_depth", 3)
+    trials = [trial(1, 0.9, head=1), trial(2, 0.8, head=2), trial(3, 0.6, head=3), trial(3, 0.7, head=3)]
+    others = [trial(0, 0.1, head=1), trial(2, 0.99, head=3), trial(3, 0.99)]  # in which stages train
+    (found,) = agreements(PROBES, [*trials, *others], "max")
+    assert (found.by, found.cuts, found.trials, found.fewest) == ("head_depth", 3, 4, 1)
     assert found.tau == pytest.approx(-1)
+    assert "against the best trained head at each depth: Kendall's tau -1.00" in told(found)
     (found,) = agreements(PROBES, [trial(cut, cut / 10, head=None) for cut in (1, 2, 3)], "max")
     assert (found.by, found.tau) == ("freeze_depth", pytest.approx(1))
 

@@ -61,3 +61,20 @@ def test_only_the_direction_counts(digits: tuple[torch.Tensor, ...]) -> None:
     stronger = torch.linspace(0.1, 10, 300)[:, None]
     for fit in (nearest_neighbours, nearest_mean):
         assert (fit(train, labels, 10)(val) == fit(stronger * train, labels, 10)(stronger * val)).all()
+
+
+def test_many_classes_of_few_samples_are_no_error() -> None:
+    features = torch.eye(60, dtype=torch.float64) + 0.1
+    labels = torch.arange(60) // 2
+    for fit in (nearest_neighbours, nearest_mean):
+        assert fit(features, labels, 30)(features).shape == (60, 30)
+    assert (nearest_mean(features, labels, 30)(features).argmax(dim=1) == labels).all()
+
+
+def test_shares_of_the_nearest_are_scikit_learns(digits: tuple[torch.Tensor, ...]) -> None:
+    train, labels, val, _ = digits
+    noisy = train[:100] + 6 * torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+    head = nearest_neighbours(noisy, labels[:100], 10)
+    assert head.strength > 1
+    other = KNeighborsClassifier(head.strength, algorithm="brute").fit(directions(noisy), labels[:100].numpy())
+    np.testing.assert_allclose(head(val).numpy(), other.predict_proba(directions(val)))

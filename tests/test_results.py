@@ -321,7 +321,7 @@ def test_how_well_heads_in_closed_form_foretold_trials_is_told(tmp_path: Path) -
     (found,) = to_json(study)["agreement"]
     assert (found["by"], found["tau"], found["cuts"]) == ("freeze_depth", pytest.approx(-1), 4)
     assert f"\n{found['text']}\n" in shown(study)
-    assert "Kendall's tau -1.00, that of the depth alone 1.00 (n = 4 depths, 4 complete trials" in found["text"]
+    assert "Kendall's tau -1.00, that of the depth alone 1.00 (4 depths, 4 complete trials" in found["text"]
 
 
 def test_of_fewer_than_three_depths_nothing_is_foretold(tmp_path: Path) -> None:

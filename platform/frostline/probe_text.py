@@ -11,7 +11,6 @@ from rich.table import Column, Table
 
 from frostline.candidates import (
     Candidate,
-    HeadScore,
     Place,
     Probed,
     advice,
@@ -77,9 +76,9 @@ def _table(candidate: Candidate, probed: Probed) -> Table:
     for name in ("para- \nmeters ", "feat-\nures "):
         table.add_column(name, justify="right", no_wrap=True)
     shown: list[tuple[str, Sequence[float | None], bool]] = []
-    for over, score in ((inner, _inner), ("val", _val)):
+    for over, score in ((inner, "inner"), ("val", "val")):
         for number, method in enumerate(methods):
-            values = [score(place.heads[number]) for place in candidate.places]
+            values = [getattr(place.heads[number], score) for place in candidate.places]
             shown.append((f"{over}\n{SHORT[method]}", values, probed.mode == "max"))
     shown.append(("\nLogME", [place.logme for place in candidate.places], True))
     shown.append(("\nH-sc.", [place.h_score for place in candidate.places], True))
@@ -105,14 +104,6 @@ def _facts(lines: Iterable[tuple[str, str]]) -> Table:
     for name, text in lines:
         table.add_row(plain(name), plain(text))
     return table
-
-
-def _inner(head: HeadScore) -> float | None:
-    return head.inner
-
-
-def _val(head: HeadScore) -> float | None:
-    return head.val
 
 
 def _sizes(place: Place) -> tuple[str, str]:
