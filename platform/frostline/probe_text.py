@@ -73,8 +73,8 @@ def _table(candidate: Candidate, probed: Probed) -> Table:
     methods = [head.method for head in candidate.places[0].heads]
     table.add_column("\ncut", justify="right")
     table.add_column("\n  after stage", justify="left", overflow="fold", max_width=STAGE_WIDTH)
-    for name in ("para- \nmeters ", "feat-\nures "):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name, width in (("\nparams", 7), ("\ndim", 5)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
     shown: list[tuple[str, Sequence[float | None], bool]] = []
     for over, score in ((inner, "inner"), ("val", "val")):
         for number, method in enumerate(methods):
@@ -85,8 +85,7 @@ def _table(candidate: Candidate, probed: Probed) -> Table:
     if not probed.folds:
         del shown[: len(methods)]
     for name, _, _ in shown:
-        over, under = name.split("\n")
-        table.add_column(f"{over} \n{under} ", justify="right", no_wrap=True, min_width=7 + (under == "LogME"))
+        table.add_column(name, justify="right", no_wrap=True, min_width=8 if "LogME" in name else 7)
     columns = [_starred(values, more) for _, values, more in shown]
     for place, *cells in zip(candidate.places, *columns, strict=True):
         table.add_row(*map(plain, (place.cut, f"  {place.stage}", *_sizes(place), *cells)))
