@@ -19,7 +19,7 @@ from frostline.cli import build_parser, main
 from frostline.store import Store, key_of
 from frostline.testing import TOY_BACKBONE, image_folder
 
-COMMANDS = ("search", "plan", "results", "compare", "report", "features", "schema", "init")
+COMMANDS = ("search", "plan", "probe", "results", "compare", "report", "features", "schema", "init")
 SMALL = ["search.trials=2", "train.epochs=2", "confirm.seeds=1", "data.image_size=16", "data.per_class=10"]
 TOY = [*SMALL, f"backbone.name={TOY_BACKBONE}", "backbone.weights=random"]
 
@@ -81,6 +81,27 @@ def test_a_search_from_init_to_results(capsys: pytest.CaptureFixture[str], job: 
     assert len(results.read_trials("results/job")) >= 4
     assert main(["search", job, *TOY, "search.trials=3", "train.lr=0.01", "--inline"]) == 2
     assert "train.lr: was 0.0003, now 0.01" in capsys.readouterr().err
+
+
+def test_probe_says_where_to_cut_and_a_search_goes_on_from_there(capsys: pytest.CaptureFixture[str], job: str) -> None:
+    assert main(["probe", job, *TOY, "--backbone", "timm/test_resnet"]) == 0
+    text = "\n".join(shown(capsys))
+    assert "where to cut after stage 3 of 3 (block2), head.depth=3" in text
+    assert "which backbone" in text
+    assert "in cross-validation on train" in text
+    assert main(["probe", job, *TOY, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (each,) = found["candidates"]
+    assert (each["backbone"], each["images_passed"], each["best"]["cut"]) == (TOY_BACKBONE, 0, 3)
+    assert {head["method"] for place in each["places"] for head in place["heads"]} == {"knn", "mean", "lda", "ridge"}
+    assert not Path("results/job").exists(), "a probe is no study"
+
+
+def test_a_candidate_that_cannot_be_had_is_a_mistake(capsys: pytest.CaptureFixture[str], job: str) -> None:
+    assert main(["probe", job, *TOY, "--backbone", "timm/test_resnet=missing.pt"]) == 2
+    error = capsys.readouterr().err
+    assert "missing.pt" in error
+    assert "timm/test_resnet=PATH" in error
 
 
 def test_mistakes_are_listed_together_and_exit_with_2(capsys: pytest.CaptureFixture[str], job: str) -> None:

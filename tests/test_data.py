@@ -17,7 +17,7 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 import frostline.data
-from frostline.data import DataError, Dataset, load_data, order_classes, splits_table, subset
+from frostline.data import DataError, Dataset, at_most, load_data, order_classes, splits_table, subset
 from frostline.sources import FASHION_MNIST
 from frostline.spec import Data
 
@@ -313,6 +313,8 @@ def test_a_subset_is_stratified_seeded_and_nested(tmp_path):
         DataError, match=r"per_class = 15, but class 'a' has 14 samples in train: lower it to 14 or below"
     ):
         subset(dataset, 15, 3)
+    assert at_most(dataset, 5, 3).tolist() == five.tolist()
+    assert at_most(dataset, 15, 3).tolist() == train.tolist()
 
 
 def test_the_splits_table_lists_all(tmp_path):

@@ -67,6 +67,12 @@ def supply(
     return survey(Survey(specs, cuts, means, at_once), CPU, lambda *_: None)
 
 
+def test_where_nothing_is_read_nothing_is_made(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path).model_copy(update={"cached": False, "round": "confirm"})
+    found = supply(spec, cuts=None)
+    assert (found.keys, found.shards) == ((), ())
+
+
 def made(found: Supply) -> int:
     """Extract what a supply lacks; how many images passed."""
     feed = Feed()

@@ -18,7 +18,7 @@ from frostline.features import Feed
 from frostline.metrics import scores
 from frostline.probes import best_probe
 from frostline.spec import TrialSpec
-from frostline.testing import toy_job
+from frostline.testing import image_folder, toy_job
 from frostline.trial import origin_of
 from frostline.world import World
 
@@ -73,6 +73,19 @@ def test_a_large_train_split_is_fitted_in_part_with_every_class(
 ) -> None:
     monkeypatch.setattr(module, "IMAGES", 55)
     assert {row["n_train"] for row in searched(study_folder)} == {50}
+
+
+def test_a_class_with_few_images_gives_all_that_it_has(
+    study_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = image_folder(tmp_path / "shapes", ("many", "some"), per_class=40)
+    for path in sorted((data / "some").glob("*.png"))[12:]:
+        path.unlink()
+    monkeypatch.setattr(module, "IMAGES", 20)
+    arguments = [f"data.path={data}", "data.val=0.25", "data.test=0.25", *ONE]
+    job = toy_job(study_folder, arguments, data={"image_size": 16})
+    rows = results.read_probes(frostline.search(job, inline=True)).to_pylist()
+    assert {row["n_train"] for row in rows} == {16}, "6 of `some`, 10 of `many`"
 
 
 def test_none_are_fitted_where_nothing_may_be_stored(study_folder: Path) -> None:

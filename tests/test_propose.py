@@ -25,6 +25,7 @@ from frostline.propose import (
     _entry,
     batch,
     distributions,
+    precisions,
     rank,
     shuffled,
     strong_defaults,
@@ -431,3 +432,14 @@ def load_benchmark() -> Any:
     sys.modules[spec.name] = module  # its dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
+
+
+def test_precisions_are_those_that_arms_may_draw() -> None:
+    job = toy_job(Path("study"), ["train.precision=bf16"])
+    assert precisions(job) == ["bf16"]
+    assert precisions(job.model_copy(update={"arms": {}})) == ["bf16"]
+    arms = {
+        "a": {"strategy": "full", "space": {"train.precision": ["fp32", "auto"], "train.lr": [0.1, 0.2]}},
+        "b": {"strategy": "full", "space": {"train.precision": "fp32", "train.lr": [0.1, 0.2]}},
+    }
+    assert precisions(toy_job(Path("study"), ["train.precision=bf16"], arms=arms)) == ["auto", "fp32"]

@@ -23,7 +23,7 @@ from frostline.commit import DamagedFile, commit_part, write_file
 from frostline.files import DataError
 from frostline.jobfile import parse_job
 from frostline.report import build, write_report
-from frostline.results import read_job, table_of
+from frostline.results import RECORD, read_job, table_of
 from frostline.testing import toy_job
 
 SEEDS = (0.91, 0.92, 0.93, 0.92, 0.91)
@@ -196,6 +196,19 @@ def test_without_trials_it_says_so(study_folder: Path) -> None:
     assert "0 of 1 trials have finished" in page.text
     assert page.data["charts"] == {}
     assert "No trial has completed yet" in page.text
+
+
+def test_how_well_heads_in_closed_form_foretold_trials_is_told(study_folder: Path) -> None:
+    write_study(study_folder, {"freeze": []}, trials=1)
+    assert "Kendall's tau" not in Page(build(study_folder, none)).text
+    rows = [search_row("freeze", 5 + cut, "complete", 0.5 + cut / 10, freeze_depth=cut) for cut in (1, 2, 3)]
+    probes = [
+        {"cut": cut, "stages": 4, "method": "lda", "features": 8, "val_score": cut / 5, "val_nll": 1.0, "seconds": 0.1}
+        for cut in (1, 2, 3, 4)
+    ]
+    commit_part(study_folder, {"probes": table_of("probes", probes), RECORD: table_of(RECORD, rows)}, 1)
+    text = Page(build(study_folder, none)).text
+    assert "Heads in closed form against the best trial of each freeze depth: Kendall's tau 0.33, that of" in text
 
 
 def test_without_confirmations_there_is_no_winner(study_folder: Path) -> None:

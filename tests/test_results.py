@@ -300,7 +300,7 @@ def test_to_json_is_json_with_stable_keys(tmp_path: Path) -> None:
     found = to_json(make(tmp_path, [*ROWS, trial(9, score=float("nan"), spent_s=float("nan"))]))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert list(found) == [
-        *("study", "name", "metric", "mode", "cost", "probes", "finalists", "trials", "counts", "stopped"),
+        *("study", "name", "metric", "mode", "cost", "probes", "agreement", "finalists", "trials", "counts", "stopped"),
     ]
     assert found["cost"] == {
         "trials_s": 12.0 * len(ROWS),
@@ -309,6 +309,27 @@ def test_to_json_is_json_with_stable_keys(tmp_path: Path) -> None:
         "images_extracted": 0,
     }
     assert to_json(tmp_path) == found
+
+
+def test_how_well_heads_in_closed_form_foretold_trials_is_told(tmp_path: Path) -> None:
+    rows = [trial(number, score=0.5 + number / 10, freeze_depth=3 + number) for number in range(4)]
+    probes = [
+        {"cut": 3 + number, "stages": 18, "method": "lda", "val_score": 0.9 - number / 10, "seconds": 0.1}
+        for number in range(4)
+    ]
+    study = make(tmp_path, rows, probes=probes)
+    (found,) = to_json(study)["agreement"]
+    assert (found["by"], found["tau"], found["cuts"]) == ("freeze_depth", pytest.approx(-1), 4)
+    assert f"\n{found['text']}\n" in shown(study)
+    assert "Kendall's tau -1.00, that of the depth alone 1.00 (4 depths, 4 complete trials" in found["text"]
+
+
+def test_of_fewer_than_three_depths_nothing_is_foretold(tmp_path: Path) -> None:
+    rows = [trial(number, score=0.5 + number / 10, freeze_depth=3 + number % 2) for number in range(4)]
+    probes = [{"cut": cut, "stages": 18, "method": "lda", "val_score": cut / 10, "seconds": 0.1} for cut in (3, 4, 5)]
+    study = make(tmp_path, rows, probes=probes)
+    assert to_json(study)["agreement"] == []
+    assert "Kendall" not in shown(study)
 
 
 def test_extractions_are_part_of_what_a_study_cost(tmp_path: Path) -> None:

@@ -327,3 +327,15 @@ def test_coverage_of_real_classifiers_on_overlapping_subsets(share: float) -> No
     plain = np.mean([covered(stats.mean_interval(row), truth) for row in found])
     assert corrected >= 0.935
     assert plain < 0.9
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=0, max_size=12))
+def test_kendalls_tau_counts_pairs(values: list[tuple[int, int]]) -> None:
+    a, b = ([pair[place] for pair in values] for place in (0, 1))
+    pairs = [(np.sign(x[0] - y[0]), np.sign(x[1] - y[1])) for x, y in itertools.combinations(values, 2)]
+    untied = sum(left != 0 for left, _ in pairs) * sum(right != 0 for _, right in pairs)
+    found = stats.kendall(a, b)
+    if untied == 0:
+        assert found is None
+    else:
+        assert found == pytest.approx(sum(left * right for left, right in pairs) / math.sqrt(untied))

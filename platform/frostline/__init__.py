@@ -4,16 +4,16 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from frostline.api import search
+    from frostline.api import probe, search
 
-__all__ = ["__version__", "search"]
+__all__ = ["__version__", "probe", "search"]
 __version__ = version("frostline")
 
 
 def __getattr__(name: str) -> Any:
-    """`frostline.search`, imported on first use: reading results needs neither torch nor Ray."""
-    if name == "search":
-        from frostline.api import search
+    """`frostline.search` and `frostline.probe`, imported on first use: reading results needs neither torch nor Ray."""
+    if name in ("probe", "search"):
+        from frostline import api
 
-        return search
+        return getattr(api, name)
     raise AttributeError(f"module 'frostline' has no attribute {name!r}")

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from rich.console import Console
 
+from frostline.candidates import Probed
 from frostline.data import splits_table
 from frostline.estimate import facts_of
 from frostline.inline import run_inline
 from frostline.jobfile import load_job, parse_job
 from frostline.prepare import prepare
+from frostline.probing import probe_backbones
 from frostline.progress import Progress
 from frostline.refresh import refreshing
-from frostline.spec import Job
+from frostline.spec import BackboneSpec, Job
 from frostline.study import Snapshot
 from frostline.text import plain
 
@@ -44,10 +46,7 @@ def search(
     """
     if inline and address:
         raise ValueError("inline = True runs in this process, and address names a cluster: give one of them")
-    if isinstance(job, Job):
-        job = parse_job(job.model_dump(mode="json", exclude_unset=True), overrides)
-    else:
-        job = load_job(job, overrides)
+    job = _job(job, overrides)
     if not job.arms:
         raise ValueError(f"job {job.name!r} has no arms to search; add [arms.NAME] with a strategy and a space")
     console = console or Console(stderr=True)
@@ -80,6 +79,36 @@ def search(
             f"{lost} of {last.to_confirm} confirmations failed; `frostline results {folder}` says why"
         )
     return folder
+
+
+def probe(
+    job: Job | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    backbones: Sequence[str] = (),
+    console: Console | None = None,
+) -> Probed:
+    """What heads without training make of the features of the job's backbone at every cut, and of other `backbones`, in this
+    process and without Ray: where a search should begin, and with which backbone.
+
+    `backbones` are names as in a job, each alone or as `NAME=WEIGHTS`; without, they have the job's `backbone.weights`
+    where that is `pretrained` or `random`, else `pretrained`. What images give at the cuts is put into the job's feature
+    store, where a search finds it. Val scores heads and chooses none, if train allows for cross-validation; test is not read.
+
+    Raises a ValueError that lists what is wrong with the job, data or a backbone.
+    """
+    job = _job(job, overrides)
+    usual = job.backbone.weights if job.backbone.weights == "random" else "pretrained"
+    parts = [name.partition("=") for name in backbones]
+    others = [BackboneSpec(name=name, weights=weights or usual) for name, _, weights in parts]
+    with Progress(console or Console(stderr=True)) as progress:
+        return probe_backbones(job, others, say=progress.tell, decoding=progress.decoding)
+
+
+def _job(job: Job | str | Path, overrides: Sequence[str]) -> Job:
+    if isinstance(job, Job):
+        return parse_job(job.model_dump(mode="json", exclude_unset=True), overrides)
+    return load_job(job, overrides)
 
 
 def _write_report(folder: Path, console: Console) -> None:

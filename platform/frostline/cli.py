@@ -1,4 +1,4 @@
-"""The command line: `frostline search | plan | results | compare | report | features | schema | init`."""
+"""The command line: `frostline search | plan | probe | results | compare | report | features | schema | init`."""
 
 from __future__ import annotations
 
@@ -85,6 +85,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_job(_command(commands, "plan", _plan, "show what a search would run and cost, before anything is spent"))
 
+    probed = _command(
+        commands, "probe", _probe, "say in minutes, without training, where to cut a backbone, and which one to take"
+    )
+    _add_job(probed)
+    probed.add_argument(
+        "--backbone",
+        action="append",
+        default=[],
+        metavar="NAME[=WEIGHTS]",
+        help="another candidate beside the job's, named as in a job; may be given several times",
+    )
+    probed.add_argument("--json", action="store_true", help="all scores as JSON")
+
     shown = _command(commands, "results", _results, "show a study's leaderboard, or query its tables")
     shown.add_argument("study", help="the study's folder, for example results/quickstart")
     how = shown.add_mutually_exclusive_group()
@@ -162,6 +175,17 @@ def _plan(arguments: argparse.Namespace) -> int:
     from frostline.plan import render_plan
 
     render_plan(load_job(arguments.job, arguments.overrides), _stdout())
+    return 0
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from frostline.probe_text import render_probed, to_json
+
+    found = frostline.probe(arguments.job, arguments.overrides, backbones=arguments.backbone)
+    if arguments.json:
+        print(json.dumps(to_json(found), indent=2, allow_nan=False))
+    else:
+        render_probed(found, _stdout())
     return 0
 
 

@@ -18,7 +18,7 @@ from frostline.sources import Source, open_source
 from frostline.spec import Data
 from frostline.splits import SPLITS, joined, split
 
-__all__ = ["DataError", "Dataset", "load_data", "splits_table", "subset"]
+__all__ = ["DataError", "Dataset", "at_most", "load_data", "splits_table", "subset"]
 
 _LISTED = 10  # problems that an error spells out
 _KEPT = 4  # datasets that a process holds on to
@@ -88,6 +88,14 @@ def subset(dataset: Dataset, per_class: int | None, seed: int) -> np.ndarray:
                 f"data.per_class = {per_class}, but class {name!r} has {count} samples in train: lower it to "
                 f"{min(Counter(labels.tolist()).values())} or below, or add samples"
             )
+    return at_most(dataset, per_class, seed)
+
+
+def at_most(dataset: Dataset, per_class: int, seed: int) -> np.ndarray:
+    """Train samples, sorted, int64: `per_class` of each class drawn by `seed`, or all that a class has. Part of `subset`
+    with the same seed, where that draws as many or more."""
+    train = dataset.indices("train")
+    labels = dataset.labels[train]
     drawn = np.argsort(np.random.default_rng(seed).random(len(train)), kind="stable")
     chosen = [drawn[labels[drawn] == label][:per_class] for label in range(len(dataset.classes))]
     return train[np.sort(np.concatenate(chosen))]

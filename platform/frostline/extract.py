@@ -16,7 +16,7 @@ from frostline.closedform import pooled, pooled_width
 from frostline.data import subset
 from frostline.depths import cut_of, end_of
 from frostline.features import EVAL_BATCH, Feed, Origin, chunks, to_rows
-from frostline.spec import Resources, TrialSpec
+from frostline.spec import Features, Resources, TrialSpec
 from frostline.store import Store, key_of
 from frostline.trial import origin_of
 from frostline.world import World
@@ -90,10 +90,7 @@ class Supply:
 
 
 def survey(question: Survey, world: World, hold: Hold) -> Supply:
-    """What the trials will read, and what the store lacks of it, or has in a damaged form; makes room for that.
-
-    What will be read is held before anybody looks whether it is there. Raises FeatureError where the store cannot be used.
-    """
+    """What the trials will read, and what the store lacks of it: see `supply`."""
     wanted: list[Need] = []
     for spec in question.specs:
         origin = origin_of(spec, world)
@@ -103,14 +100,21 @@ def survey(question: Survey, world: World, hold: Hold) -> Supply:
             cut, end = cut_of(spec.config, stages), end_of(spec.config.head, stages)
             cuts, means = (cut,) * (spec.cached and cut < end), (cut,) * spec.cached  # means for studies to come
         wanted += needs(spec, cuts, means, origin, probed=question.means)
-    features = question.specs[0].features
+    return supply(wanted, question.specs[0].features, world, hold, question.at_once)
+
+
+def supply(wanted: Sequence[Need], features: Features, world: World, hold: Hold, at_once: int = 1) -> Supply:
+    """What of all that is wanted the store of `features` lacks, or has in a damaged form; makes room for that.
+
+    What is wanted is held before anybody looks whether it is there. Raises FeatureError where the store cannot be used.
+    """
     assert features.path is not None
     store = Store(features.path)
     keys = {key_of(need.about(origin_of(need.spec, world))) for need in wanted}
     hold(features.path, keys)
     for key in sorted(keys):
         store.repair(key)
-    found = shards(wanted, world, question.at_once)
+    found = shards(wanted, world, at_once)
     new = sum(
         len(shard.samples) * image_bytes(origin_of(shard.spec, world), shard.cuts, shard.means) for shard in found
     )

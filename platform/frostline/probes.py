@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue] (it is documented)
 
 from frostline.closedform import lda, ridge
-from frostline.data import subset
+from frostline.data import Dataset, at_most, subset
 from frostline.features import Feed
 from frostline.metrics import scores
 from frostline.spec import Mode, Resources, TrialSpec
@@ -44,9 +45,7 @@ def probe(question: Probe, feed: Feed, world: World) -> list[dict[str, Any]]:
     """Fit and score every head: rows of the `probes` table. A head that cannot be fitted has a reason and no scores."""
     spec, origin = question.spec, origin_of(question.spec, world)
     dataset, val = origin.dataset, origin.dataset.indices("val")
-    train = subset(dataset, spec.data.per_class, spec.seeds.subset)
-    if len(train) > IMAGES:  # a draw that the larger one holds
-        train = subset(dataset, max(1, IMAGES // len(dataset.classes)), spec.seeds.subset)
+    train = fitted_to(dataset, spec)
     labels, truth, rows = torch.from_numpy(dataset.labels[train]).long(), dataset.labels[val], []
     for cut in question.cuts:
         features = feed.means(origin, cut, origin.view(1), train, spec.features)
@@ -65,6 +64,15 @@ def probe(question: Probe, feed: Feed, world: World) -> list[dict[str, Any]]:
                 row |= {"strength": head.strength, "val_score": found[spec.objective.metric]}
             rows.append(row | {"seconds": time.perf_counter() - started})
     return rows
+
+
+def fitted_to(dataset: Dataset, spec: TrialSpec) -> np.ndarray:
+    """The train samples of a trial, sorted, int64; of more than `IMAGES` as many of each class as make that, or all that a
+    class has."""
+    train = subset(dataset, spec.data.per_class, spec.seeds.subset)
+    if len(train) <= IMAGES:
+        return train
+    return at_most(dataset, max(1, IMAGES // len(dataset.classes)), spec.seeds.subset)
 
 
 def best_probe(rows: Sequence[Mapping[str, Any]], mode: Mode) -> Mapping[str, Any] | None:

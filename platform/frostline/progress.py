@@ -50,12 +50,16 @@ class Progress:
 
     def decoding(self, done: int, total: int) -> None:
         """Show how many images have been read."""
+        self.tell(f"reading images: {done:,} of {total:,}")
+
+    def tell(self, text: str) -> None:
+        """Show what is being done; in a log, at most every `every_s` seconds."""
         with self.lock:
             if self.live:
-                self.live.update(Text(f"reading images: {done:,} of {total:,}"))
+                self.live.update(Text(text))
             elif time.monotonic() - max(self.shown_at, self.started) >= self.every_s:
                 self.shown_at = time.monotonic()
-                self.console.print(f"reading images: {done:,} of {total:,}")
+                self.console.print(Text(text), soft_wrap=True)
 
 
 def line(snapshot: Snapshot) -> str:

@@ -244,6 +244,13 @@ def shuffled(index: int, size: int, seed: int) -> int:
             return index
 
 
+def precisions(job: Job) -> list[str]:
+    """The values of train.precision that the arms may draw, sorted; the job's own where there are no arms."""
+    entries = [arm.space.get("train.precision", job.train.precision) for arm in job.arms.values()]
+    entries = entries or [job.train.precision]
+    return sorted({str(each) for one in entries for each in (one if isinstance(one, tuple) else (one,))})
+
+
 def distributions(arm: Arm, stages: int) -> dict[str, BaseDistribution]:
     """Optuna's distributions of an arm's space, for a backbone with this many stages. Raises SpaceError."""
     return {path: _distribution(path, dim, stages) for path, dim in arm.space.items() if is_searched(path, dim)}

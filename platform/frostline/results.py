@@ -300,16 +300,28 @@ def query(study: str | Path, sql: str) -> pa.Table:
 def to_json(study: str | Path) -> dict[str, Any]:
     """The leaderboard and what it is about, as JSON values."""
     job, trials = read_job(study)["job"], read_trials(study)
-    objective = job["objective"]
+    objective, probes = job["objective"], read_probes(study).to_pylist()
     return {
         "study": str(study),
         "name": job["name"],
         "metric": objective["metric"],
         "mode": objective["mode"],
         "cost": _cost(trials, read_extractions(study)),
-        "probes": read_probes(study).to_pylist(),
+        "probes": probes,
+        "agreement": agreement(probes, trials, objective["mode"]),
         **asdict(leaderboard(trials, objective["mode"])),
     }
+
+
+def agreement(probes: Sequence[Mapping[str, Any]], trials: pa.Table, mode: Mode) -> list[dict[str, Any]]:
+    """How well heads in closed form foretold what training reached: `agreement.Agreement` as JSON values, and its `text`."""
+    if not probes:
+        return []
+    from frostline.agreement import agreements, told  # SciPy takes a moment to import
+
+    columns = ["round", "val_score", "freeze_depth", "head_depth", "stages"]
+    found = agreements(probes, trials.select(columns).to_pylist(), mode)
+    return [asdict(each) | {"text": told(each)} for each in found]
 
 
 def render(study: str | Path, console: Console, rows: int = 20) -> None:
@@ -445,6 +457,7 @@ def _summary(found: Mapping[str, Any], study: Path) -> Iterable[str]:
         if kind != "pruned":
             yield f"failed, {kind}: {sum(reasons.values())}, for example: {next(iter(reasons))}"
     yield from _closed_form(found["probes"], found["mode"])
+    yield from (each["text"] for each in found["agreement"])
     cost = found["cost"]
     spent = f"device time: {duration(cost['trials_s'] + cost['extractions_s'])}"
     if cost["images_extracted"]:

@@ -274,9 +274,11 @@ def heads(subject: Subject) -> Section:
         for row in sorted(rows, key=lambda row: (row["cut"], row["method"]))
     ]
     caption = "Before anything trains: ridge regression and discriminant analysis on the pretrained features at each cut. A fall towards the end says that the last stages are the source's own."
+    agreement = results.agreement(probes, results.read_trials(subject.path), subject.mode)
+    said = "".join(paragraph(f"{each['text'][:1].upper()}{each['text'][1:]}.") for each in agreement)
     return Section(
         "heads",
         "Heads in closed form",
-        figure(chart, "Score by cut", caption, Grid("heads in closed form", cells)),
+        figure(chart, "Score by cut", caption, Grid("heads in closed form", cells)) + said,
         [chart],
     )

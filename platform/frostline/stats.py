@@ -224,3 +224,12 @@ def signed_rank_p(differences: np.ndarray) -> float:
         return float(2 * special.ndtr(-found / math.sqrt(float(ranks @ ranks))))
     flips = (np.arange(2**n)[:, None] >> np.arange(n)) % 2 * 2 - 1
     return float(np.mean(np.abs(flips @ ranks) >= found - 1e-9))
+
+
+def kendall(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float | None:
+    """Kendall's rank correlation (tau-b, which allows for ties) of (n,) and (n,); None below two values, or where either has
+    but one value."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return float(stats.kendalltau(a, b).statistic)  # pyright: ignore[reportAttributeAccessIssue]

@@ -32,7 +32,7 @@ from frostline.finalists import Finished, best_of, choose_finalists, remember
 from frostline.ledger import Ledger
 from frostline.pack import take_pack
 from frostline.probes import Probe, best_probe
-from frostline.propose import Proposer, batch
+from frostline.propose import Proposer, batch, precisions
 from frostline.seeds import Seeds
 from frostline.spec import Config, Job, Mode, Round, TrialSpec, configure, confirm_seeds, search_seeds, starting_point
 from frostline.store import Store
@@ -159,8 +159,7 @@ class Study:
         between these."""
         job, (arm, *_) = self.job, self.job.arms
         seed, seeds = search_seeds(job, arm, 0)
-        entries = [arm.space.get("train.precision", job.train.precision) for arm in job.arms.values()]
-        for precision in sorted({str(each) for one in entries for each in (one if isinstance(one, tuple) else (one,))}):
+        for precision in precisions(job):
             train = job.train.model_copy(update={"precision": precision})
             config = Config(freeze=job.freeze, head=job.head, train=train)
             yield self._spec("sketch", arm, 0, "search", seed, seeds, config)
