@@ -92,6 +92,14 @@ def test_the_history_has_a_row_an_epoch(study_folder: Path) -> None:
     assert rows(done.path, "freeze-00003") == []
 
 
+def test_runs_are_offline_whatever_the_environment_says(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WANDB_MODE": "online", "WANDB_PROJECT": "theirs", "WANDB_DIR": "/nowhere"}.items():
+        monkeypatch.setenv(name, value)
+    done = track(write_tried(study_folder), "wandb")
+    assert len(list(done.path.glob("tried/*/offline-run-*/run-*.wandb"))) == 11
+    assert read(done.path, "freeze-00004")["run"][0].project == "frostline"
+
+
 def test_again_writes_nothing_and_later_what_has_ended_since(study_folder: Path) -> None:
     done = track(write_tried(study_folder), "wandb")
     first = {path: path.read_bytes() for path in done.path.rglob("*.wandb")}

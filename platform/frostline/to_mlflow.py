@@ -43,8 +43,12 @@ def export(study: Tracked, path: Path) -> str:
 def _client(path: Path) -> Any:
     if path.is_dir():
         raise ExportError(f"{path} is a folder; give the name of a file: --out {path / 'mlflow.db'}")
-    if path.exists() and path.stat().st_size and not path.read_bytes()[:16] == b"SQLite format 3\x00":
-        raise ExportError(f"{path} is no database of SQLite, and was left as it is; give another file: --out PATH")
+    if path.exists():
+        with path.open("rb") as file:
+            if file.read(16) not in (b"", b"SQLite format 3\x00"):
+                raise ExportError(
+                    f"{path} is no database of SQLite, and was left as it is; give another file: --out PATH"
+                )
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when it is imported
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     with warnings.catch_warnings():

@@ -27,9 +27,11 @@ def export(study: Tracked, out: Path) -> str:
     if runs:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
-            for run in runs:
-                _write(wandb, study, run, Path(partial), folder / run.trial_id)
-            wandb.teardown()  # it has a process of its own, which writes here
+            try:
+                for run in runs:
+                    _write(wandb, study, run, Path(partial), folder / run.trial_id)
+            finally:
+                wandb.teardown()  # it has a process of its own, which writes here
     return f"{len(runs):,} trials more, {len(study.ended):,} in all"
 
 
@@ -43,7 +45,6 @@ def _write(wandb: Any, study: Tracked, run: Run, partial: Path, final: Path) -> 
         x_disable_meta=True,  # of this process and machine, which trained nothing
         x_disable_stats=True,
         x_save_requirements=False,
-        x_start_time=run.started.timestamp(),
     )
     made = wandb.init(
         project=PROJECT,
