@@ -55,6 +55,7 @@ def test_optuna_finds_the_trials_of_each_arm(study_folder: Path) -> None:
     assert [trial.state for trial in study.trials] == [*[complete, complete, pruned, failed] * 2, running, running]
     assert [trial.value for trial in study.trials if trial.state != complete] == [None] * 6
     assert study.direction.name == "MAXIMIZE"
+    assert study.metric_names == ["accuracy"]
     assert [trial.state for trial in load(done.path, "tried/probe").trials] == [failed]
     assert done.path == study_folder / "tracked" / "optuna.journal"
 

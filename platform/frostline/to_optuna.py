@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -11,6 +12,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages.journal import BaseJournalBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -111,7 +113,9 @@ def trial_of(run: Run, space: Mapping[str, BaseDistribution], confirmations: Seq
 def _add_arm(storage: JournalStorage, study: Tracked, arm: str) -> None:
     direction = "maximize" if study.mode == "max" else "minimize"
     made = optuna.create_study(storage=storage, study_name=study_name(study.name, arm), direction=direction)
-    made.set_user_attr("metric", study.metric)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        made.set_metric_names([study.metric])  # which the dashboard puts on its axes
     made.set_user_attr("strategy", study.arms[arm].strategy)
     space = distributions(study.arms[arm], study.stages)
     confirmed: dict[str, list[Run]] = {}
