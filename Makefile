@@ -1,6 +1,6 @@
 # make quickstart   install, then run jobs/quickstart.toml on a local Ray
 # make test         install with the test extras, then lint, type-check and run the default test suite
-# make test-slow    the tests that take minutes
+# make test-slow    the tests that take minutes, with the extras that only they need
 # make bench        every benchmark; each ends with one line of JSON
 #
 # VENV is where the virtual environment goes (about 6 GB), PYTHON what makes it (3.11 or newer).
@@ -17,7 +17,7 @@ quickstart: $(VENV)/.installed
 test: check
 	$(BIN)/pytest
 
-test-slow: $(VENV)/.installed-test
+test-slow: $(VENV)/.installed-slow
 	$(BIN)/pytest -m slow
 
 check: $(VENV)/.installed-test
@@ -41,3 +41,7 @@ $(VENV)/.installed-test: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $(VENV)/.installed $@
+
+$(VENV)/.installed-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet -e '.[test,mlflow,wandb]'
+	touch $@

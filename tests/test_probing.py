@@ -27,7 +27,8 @@ from frostline.neighbours import directions
 from frostline.prepare import prepare
 from frostline.probe_text import render_probed, to_json
 from frostline.probing import folds_of, spec_of
-from frostline.spec import Job, derive_seed
+from frostline.seeds import derive_seed
+from frostline.spec import Job
 from frostline.store import Store
 from frostline.testing import TOY_BACKBONE, image_folder, toy_job
 from frostline.trial import origin_of

@@ -1,4 +1,4 @@
-"""The command line: `frostline search | plan | probe | results | compare | report | features | schema | init`."""
+"""The command line: `frostline search | plan | probe | results | compare | report | track | features | schema | init`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from frostline.reference import starter_job
 from frostline.spec import Job
 from frostline.store import Entry, Store
 
+TRACKERS = ("optuna", "tensorboard", "mlflow", "wandb")
 OVERRIDE_HELP = "dotted job keys laid over the file, for example train.lr=1e-3 or data.path=photos/"
 
 
@@ -120,6 +121,21 @@ def build_parser() -> argparse.ArgumentParser:
     reported.add_argument("study", help="the study's folder; it may be running")
     reported.add_argument(
         "--out", metavar="PATH", help="where to write it (default: report.html in the study's folder)"
+    )
+
+    tracked = _command(commands, "track", _track, "export a study to Optuna, TensorBoard, MLflow or Weights & Biases")
+    tracked.add_argument(
+        "study", help="the study's folder; it may be running, and the same command adds what has ended"
+    )
+    tracked.add_argument(
+        "--to",
+        required=True,
+        choices=TRACKERS,
+        help="optuna: a journal for optuna-dashboard; tensorboard: event files; mlflow: a database of SQLite; wandb: offline "
+        "runs. The last three need the extra of that name",
+    )
+    tracked.add_argument(
+        "--out", metavar="PATH", help="the file (optuna, mlflow) or folder (default: in the study's folder `tracked`)"
     )
 
     stored = commands.add_parser(
@@ -218,6 +234,16 @@ def _report(arguments: argparse.Namespace) -> int:
     from frostline.report import write_report
 
     print(write_report(arguments.study, Path(arguments.out) if arguments.out else None))
+    return 0
+
+
+def _track(arguments: argparse.Namespace) -> int:
+    from frostline.track import track
+
+    done = track(arguments.study, arguments.to, Path(arguments.out) if arguments.out else None)
+    console = _stdout()
+    for line in (f"{done.path}: {done.wrote}", f"open it with: {done.opened}"):
+        console.print(Text(line), soft_wrap=True)
     return 0
 
 

@@ -31,7 +31,8 @@ from frostline.neighbours import nearest_mean, nearest_neighbours
 from frostline.prepare import Prepared, prepare
 from frostline.probes import fitted_to
 from frostline.propose import precisions
-from frostline.spec import BackboneSpec, Config, Freeze, Head, Job, Metric, TrialSpec, derive_seed, search_seeds
+from frostline.seeds import derive_seed
+from frostline.spec import BackboneSpec, Config, Freeze, Head, Job, Metric, TrialSpec, search_seeds
 from frostline.store import Store
 from frostline.transferability import h_score, logme
 from frostline.trial import origin_of
