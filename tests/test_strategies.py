@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+from collections import Counter
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -11,8 +14,11 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
+from rich.console import Console
 from torch import Tensor
 
+import frostline
+from frostline import results
 from frostline.adapters import adapt
 from frostline.backbone import Backbone, load_backbone
 from frostline.bundle import load_bundle
@@ -136,7 +142,7 @@ def test_a_strategy_repeats_exactly_and_survives_json(toy: Backbone, strategy: s
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_trial_of_each_strategy_leaves_a_bundle_that_predicts_as_it_did(tmp_path: Any, strategy: str) -> None:
+def test_a_trial_of_each_strategy_leaves_a_bundle_that_predicts_as_it_did(tmp_path: Path, strategy: str) -> None:
     """The whole spine: a confirmation, its row, and its bundle, which a fresh network takes to the same logits."""
     values = {f"freeze.{key}": value for key, value in NEEDED.get(strategy, {}).items()}
     job = toy_job(
@@ -221,12 +227,15 @@ def test_moments_live_on_where_a_phase_does_not_begin_anew(toy: Backbone) -> Non
     assert set(after.state) == set(network.head.parameters())
 
 
-def test_nothing_is_judged_before_it_has_unfrozen_anything() -> None:
+def test_nothing_is_judged_before_it_has_unfrozen_anything_and_warmed_up() -> None:
     config = Config(freeze=freezing("lp_ft", probe_share=0.5), head=Head(), train=Train(epochs=6))
     assert [judged_epoch(config, epoch) for epoch in range(1, 7)] == [0, 0, 0, 1, 2, 3]
     config = Config(freeze=freezing("gradual", every=2), head=Head(), train=Train(epochs=6))
     assert [judged_epoch(config, epoch) for epoch in range(1, 5)] == [0, 0, 1, 2]
-    assert judged_epoch(Config(freeze=Freeze(), head=Head(), train=Train()), 1) == 1
+    warm = Config(freeze=Freeze(), head=Head(), train=Train(epochs=30, warmup=0.1))
+    assert [judged_epoch(warm, epoch) for epoch in (1, 3, 4, 30)] == [0, 0, 1, 27]
+    short = Config(freeze=Freeze(), head=Head(), train=Train(epochs=9, warmup=0.1))
+    assert judged_epoch(short, 1) == 1
 
 
 def test_where_the_epochs_of_a_trial_began_to_train() -> None:
@@ -337,7 +346,7 @@ def test_the_head_of_zero_head_is_zero(toy: Backbone) -> None:
     assert again == config
 
 
-def test_scratch_starts_from_random_weights_of_the_trials_own_seed(tmp_path: Any) -> None:
+def test_scratch_starts_from_random_weights_of_the_trials_own_seed(tmp_path: Path) -> None:
     job = toy_job(tmp_path, arms={"a": {"strategy": "scratch"}, "b": {"strategy": "full"}})
     scratch, full = (configure(job, job.arms[name], {}) for name in "ab")
     seeds = search_seeds(job, "a", 0)[1]
@@ -429,3 +438,31 @@ def test_a_key_of_another_strategy_is_refused() -> None:
     with pytest.raises(ValidationError, match="ema and wise exclude each other"):
         Train(ema=0.9, wise=0.5)
     assert json.loads(Freeze(strategy="bias_only").model_dump_json())["norm"] == "affine"
+
+
+def test_a_search_over_strategies_keeps_phases_and_budgets(tmp_path: Path) -> None:
+    """Inline, on real images: phases are in the epochs' rows, those of a head alone cost less, and arms end with their steps."""
+    space = {"train.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+    arms = {
+        "lp_ft": {"strategy": "lp_ft", "space": {**space, "freeze.depth": 1, "freeze.probe_share": 0.5}},
+        "gradual": {"strategy": "gradual", "space": space},
+        "full": {"strategy": "full", "space": space},
+        "scratch": {"strategy": "scratch", "space": space},
+    }
+    options = ["train.epochs=4", "search.trials=40", "search.steps=128", "search.pruner.kind=none", "confirm.seeds=1"]
+    job = toy_job(tmp_path / "study", [*options, "confirm.finalists=arms", "train.batch_size=25"], arms=arms)
+    study = frostline.search(job, inline=True, console=Console(file=io.StringIO()))
+    rows = [row for row in results.read_trials(study).to_pylist() if row["round"] == "search"]
+    assert {row["status"] for row in rows} == {"complete"}
+    assert Counter(row["arm"] for row in rows) == dict.fromkeys(arms, 2), "16 steps a trial, and 32 for each arm"
+    phases: dict[str, list[int]] = {}
+    for epoch in sorted(results.read_epochs(study).to_pylist(), key=lambda epoch: epoch["epoch"]):
+        phases.setdefault(epoch["trial_id"], []).append(epoch["phase"])
+    assert phases["lp_ft-00000"] == [0, 0, 1, 1]
+    assert phases["gradual-00000"] == [0, 1, 2, 3]
+    assert phases["full-00000"] == [0, 0, 0, 0]
+    first = {row["arm"]: row for row in rows if row["number"] == 0}
+    assert first["lp_ft"]["images_backward"] == 2 * first["lp_ft"]["n_train"]
+    assert first["gradual"]["alone_s"] < first["full"]["alone_s"]
+    assert first["full"]["alone_s"] == first["scratch"]["alone_s"]
+    assert first["scratch"]["norm"] == "batch"

@@ -15,7 +15,7 @@ class Budget:
     arm is cheap because another paid."""
 
     def __init__(self, search: Search, shares: Mapping[str, int]) -> None:
-        self.shares, self.unknown = shares, search.startup_trials
+        self.shares = shares
         limits = {"steps": search.steps, "device_s": search.device_s}
         self.limits = {unit: limit / len(shares) for unit, limit in limits.items() if limit is not None}
         self.spent = {unit: Counter[str]() for unit in self.limits}
@@ -32,12 +32,12 @@ class Budget:
 
     def left(self, arm: str, asked: int) -> int:
         """How many trials an arm that has asked for so many may still ask for now: its share of the trials, and what a limit
-        leaves it at the mean cost of its trials so far, those that run being charged that too. One at least, while nothing of
-        its runs and the limit is not reached."""
+        leaves it at the mean cost of its trials so far, those that run being charged that too; one, until one has ended. One
+        at least while none of its runs and the limit is not reached."""
         left, running = self.shares[arm] - asked, asked - self.ended[arm]
         for unit, limit in self.limits.items():
             if not self.ended[arm]:
-                left = min(left, self.unknown - running)
+                left = min(left, 1 - running)
             elif self.spent[unit][arm] >= limit:
                 left = 0
             elif mean := self.spent[unit][arm] / self.ended[arm]:

@@ -150,6 +150,9 @@ def _grounds(job: Job, times: StageTimes, found: Estimate, slots: int) -> Iterat
         yield "", f"(they will be: {slots} x {times.threads} threads on {cores} cores; raise resources.cpus)"
     yield "expected", f"trials spread evenly over each arm's space; {stopped}"
     yield "at most", "each trial takes its arm's dearest freeze depth and most epochs; none is stopped"
+    for key in ("steps", "device_s"):
+        if limit := getattr(job.search, key):
+            yield "limited", f"arms end at an equal share of search.{key} = {limit:,}; not taken off above"
     yield "disk", ", ".join(f"{name} {decimal(size)}" for name, size in found.disk.items() if name != "pixels")
     yield "", f"in {job.folder}, features in {job.features.path}"
     yield "", f"pixels {decimal(found.disk['pixels'])} in {cache_root()}, there already"

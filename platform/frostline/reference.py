@@ -45,7 +45,7 @@ solution), `train.l2_sp` (L2-SP, Li et al. 2018) and `train.wise` (WiSE-FT, Wort
 - **Depth.** Where a strategy takes `depth`, so many stages from the input are frozen throughout; their activations are stored
   and shared like those of `freeze_depth`.
 - **Phases.** `lp_ft` and `gradual` train the head alone first. Those epochs are part of `train.epochs` and are charged; early
-  stopping counts epochs from the first unfreezing, so that nothing is judged before it. `lp_ft` restarts schedule and optimizer
+  stopping counts epochs from the first unfreezing (and the end of the warm-up), so that nothing is judged before it. `lp_ft` restarts schedule and optimizer
   with its second phase, `gradual` keeps both going.
 - **Norm layers.** `norm_only` and `bias_only` imply `freeze.norm = "affine"`, `scratch` implies `"batch"`.
 - **Adapters.** `lora` and `dora` need `pip install 'frostline[peft]'`. Linear layers and 1x1 convolutions get an update; a bundle

@@ -282,7 +282,8 @@ class Pruner(Frozen):
     """Asynchronous successive halving (Li et al. 2020), stopping below the median of at least 5 complete trials of the
     arm, or no early stopping."""
     grace_epochs: int = Field(default=1, ge=1)
-    """No trial is stopped before it has trained this many epochs."""
+    """No trial is stopped before it has trained this many epochs, whole epochs of warm-up and those before its first unfreezing
+    not being counted."""
     factor: int = Field(default=3, ge=2)
     """Halving only: one in this many trials survives a rung; rungs lie at grace_epochs x factor^k epochs."""
 

@@ -138,8 +138,10 @@ def run_cuts(config: Config, stages: int, epochs: int) -> dict[int, int]:
 
 
 def judged_epoch(config: Config, epoch: int) -> int:
-    """The epoch as early stopping counts it: from when the trial has unfrozen what it is going to unfreeze first; 0 before."""
-    return max(0, epoch - head_epochs(config.freeze, config.train.epochs))
+    """The epoch as early stopping counts it: from when the trial has unfrozen what it is going to unfreeze first, and its
+    learning rates have risen; 0 before."""
+    alone = head_epochs(config.freeze, config.train.epochs)
+    return max(0, epoch - alone - int(config.train.warmup * (config.train.epochs - alone)))
 
 
 def head_epochs(freeze: Freeze, epochs: int) -> int:

@@ -165,8 +165,8 @@ class Study:
             yield self._spec("sketch", arm, 0, "search", seed, seeds, config)
 
     def report(self, records: Mapping[str, EpochRecord]) -> dict[str, bool]:
-        """Hear an epoch of running trials; for each, whether it should go on. All are heard before any is judged, and none
-        before it has unfrozen anything that it is going to."""
+        """Hear an epoch of running trials; for each, whether it should go on. All are heard before any is judged, and none is
+        before its `judged_epoch`."""
         by_arm: dict[str, dict[int, tuple[int, float]]] = {}
         for trial_id, record in records.items():
             spec = self.running[trial_id].spec
