@@ -437,3 +437,10 @@ def test_a_trial_too_big_for_this_machine_and_threads_too_many_are_said(tmp_path
     probe = {"a": {"strategy": "linear_probe"}}
     assert "less than resources asks for" in plan(toy_job(tmp_path, ["resources.cpus=4096"], arms=probe))
     assert "they will be" in plan(toy_job(tmp_path, ["resources.threads=2"], arms=probe))
+
+
+def test_a_search_that_stores_nothing_has_a_price_too() -> None:
+    """Where only the head trains, the last cut alone is timed."""
+    times = replace(TIMES, prefix_s={3: 0.01}, step_s={3: 0.001})
+    found = priced(job_with({"a": {"strategy": "linear_probe"}}, ["search.trials=1"]), {}, times)
+    assert found.expected.device_s > 0

@@ -183,7 +183,7 @@ def estimate(
     kept_bytes += sum(searched) * means
     extraction_s = kept_bytes / times.read_bytes_per_s  # to write is taken to cost what reading does
     extraction_s += sum(searched) * times.forward_s + (searched[0] + confirmed[0]) * times.view_s
-    extraction_s += sum(confirmed) * times.prefix_s[max(stored, default=0)]
+    extraction_s += sum(confirmed) * (times.prefix_s[max(stored)] if stored else 0.0)
     extraction = np.array([sum(searched) + sum(confirmed), 0.0, extraction_s])
 
     def works(epochs: Sequence[float], confirm: bool = False, dearest: bool = False) -> list[np.ndarray]:
