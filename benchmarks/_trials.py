@@ -13,7 +13,7 @@ from torch.nn import functional
 from frostline.cuts import resume
 from frostline.features import EVAL_BATCH, Feed, on_device
 from frostline.freeze import Network, apply_plan, compile_plan, train_mode
-from frostline.spec import Job, TrialSpec, configure, search_seeds
+from frostline.spec import Job, TrialSpec, configure, search_seeds, trial_of
 from frostline.train import build_optimizer
 from frostline.trial import head_of, origin_of
 from frostline.world import World
@@ -21,24 +21,19 @@ from frostline.world import World
 BLOCK_S, BLOCKS = 0.1, 5
 
 
-def trial_of(job: Job, arm: str, number: int, values: Mapping[str, Any], *, cached: bool) -> TrialSpec:
+def search_trial(job: Job, arm: str, number: int, values: Mapping[str, Any], *, cached: bool) -> TrialSpec:
     """A search trial of a prepared job with these values; `cached` ones read activations."""
     seed, seeds = search_seeds(job, arm, number)
-    return TrialSpec(
+    return trial_of(
+        job,
+        configure(job, job.arms[arm], values),
+        seeds,
         trial_id=f"{arm}-{number:05d}",
         arm=arm,
         number=number,
         round="search",
         seed=seed,
-        seeds=seeds,
-        data=job.data,
-        backbone=job.backbone,
-        config=configure(job, job.arms[arm], values),
-        augment=job.augment,
-        features=job.features,
         cached=cached,
-        objective=job.objective,
-        resources=job.resources,
     )
 
 

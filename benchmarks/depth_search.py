@@ -28,7 +28,7 @@ from rich.console import Console
 
 import frostline
 from _measure import interleaved, ratios, say
-from _trials import parts_of, trial_of
+from _trials import parts_of, search_trial
 from frostline import results
 from frostline.estimate import facts_of
 from frostline.jobfile import parse_job
@@ -75,7 +75,7 @@ def bound_s(prepared: Prepared, depths: Sequence[int]) -> float:
     n_train, n_val = prepared.n_train, len(prepared.dataset.indices("val"))
     parts = {
         (depth, size): parts_of(
-            trial_of(prepared.job, "suffix", 0, {"freeze.depth": depth, "train.batch_size": size}, cached=True)
+            search_trial(prepared.job, "suffix", 0, {"freeze.depth": depth, "train.batch_size": size}, cached=True)
         )
         for depth in depths
         for size in BATCHES

@@ -24,7 +24,7 @@ from frostline.extract import Shard, extract
 from frostline.features import EVAL_BATCH, Feed, on_device
 from frostline.jobfile import parse_job
 from frostline.prepare import prepare
-from frostline.spec import TrialSpec, configure, search_seeds
+from frostline.spec import TrialSpec, configure, search_seeds, trial_of
 from frostline.store import Store, key_of
 from frostline.trial import origin_of
 from frostline.world import World
@@ -36,21 +36,16 @@ def spec_for(root: Path, data: str) -> TrialSpec:
     raw = {"name": "extraction", "data": {"path": data, "image_size": 64}, "arms": {"probe": arm}}
     job = prepare(parse_job({**raw, "results": str(root / "study")}, [])).job
     seed, seeds = search_seeds(job, "probe", 0)
-    return TrialSpec(
+    return trial_of(
+        job,
+        configure(job, job.arms["probe"], {"train.head_lr": 1e-3}),
+        seeds,
         trial_id="probe-00000",
         arm="probe",
         number=0,
         round="search",
         seed=seed,
-        seeds=seeds,
-        data=job.data,
-        backbone=job.backbone,
-        config=configure(job, job.arms["probe"], {"train.head_lr": 1e-3}),
-        augment=job.augment,
-        features=job.features,
         cached=True,
-        objective=job.objective,
-        resources=job.resources,
     )
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from _measure import interleaved, ratios, say
-from _trials import parts_of, trial_of
+from _trials import parts_of, search_trial
 from frostline.extract import Survey, extract, survey
 from frostline.features import Feed
 from frostline.jobfile import parse_job
@@ -93,7 +93,7 @@ def main() -> None:
             for lr, head_lr in itertools.product(LRS, HEAD_LRS)
         ]
         sharing, alone = (
-            [trial_of(job, "suffix", number, each, cached=cached) for number, each in enumerate(values)]
+            [search_trial(job, "suffix", number, each, cached=cached) for number, each in enumerate(values)]
             for cached in (True, False)
         )
         world = World.here(job.resources)

@@ -56,7 +56,7 @@ from frostline.features import Feed
 from frostline.jobfile import parse_job
 from frostline.prepare import Prepared, prepare
 from frostline.propose import Proposer
-from frostline.spec import Job, TrialSpec, configure, search_seeds
+from frostline.spec import Job, TrialSpec, configure, search_seeds, trial_of
 from frostline.testing import TOY_BACKBONE
 from frostline.train import EpochRecord
 from frostline.trial import run_trial
@@ -184,21 +184,16 @@ def alone(row: dict[str, Any]) -> float:
 def spec_of(job: Job, number: int, values: dict[str, Any]) -> TrialSpec:
     """A trial of Tune's, as ours of the same number would be."""
     seed, seeds = search_seeds(job, ARM, number)
-    return TrialSpec(
+    return trial_of(
+        job,
+        configure(job, job.arms[ARM], values),
+        seeds,
         trial_id=f"{ARM}-{number:05d}",
         arm=ARM,
         number=number,
         round="search",
         seed=seed,
-        seeds=seeds,
-        data=job.data,
-        backbone=job.backbone,
-        config=configure(job, job.arms[ARM], values),
-        augment=job.augment,
-        features=job.features,
         cached=False,
-        objective=job.objective,
-        resources=job.resources,
     )
 
 

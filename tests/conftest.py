@@ -10,6 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from frostline.backbone import Backbone, load_backbone
+from frostline.spec import BackboneSpec
+from frostline.testing import TOY_BACKBONE
+
 # The machine may be busy: no example has a deadline. In CI the examples are the same in every run; elsewhere they are new.
 settings.register_profile(
     "frostline", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
@@ -34,3 +38,9 @@ def _torch_as_it_starts() -> None:
 @pytest.fixture
 def study_folder(tmp_path: Path) -> Path:
     return tmp_path / "study"
+
+
+@pytest.fixture(scope="module")
+def toy() -> Backbone:
+    """The toy backbone."""
+    return load_backbone(BackboneSpec(name=TOY_BACKBONE, weights="random"), image_size=16)

@@ -22,7 +22,7 @@ from frostline.extract import Survey, extract, survey
 from frostline.features import Feed
 from frostline.pack import pack_key, run_pack
 from frostline.prepare import prepare
-from frostline.spec import Arm, Features, TrialSpec, configure, confirm_seeds, search_seeds
+from frostline.spec import Arm, Features, TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 from frostline.testing import toy_job
 from frostline.train import EpochRecord
 from frostline.trial import Outcome
@@ -70,20 +70,17 @@ def specs_of(
         values = {path: value for path, value in config.items() if path != "strategy"}
         seed, seeds = search_seeds(job, "freeze", number) if round_ == "search" else confirm_seeds(job, 0)
         specs.append(
-            TrialSpec(
+            trial_of(
+                job,
+                configure(job, arm, values),
+                seeds,
                 trial_id=f"freeze-{number:05d}",
                 arm="freeze",
                 number=number,
                 round="search" if round_ == "search" else "confirm",
                 seed=seed,
-                seeds=seeds,
-                data=job.data,
-                backbone=job.backbone,
-                config=configure(job, arm, values),
                 augment=job.augment.model_copy(update={"views": views, "colour": 0.2}),
                 features=Features.model_construct(**{**dict(job.features), "dtype": dtype}),
-                objective=job.objective,
-                resources=job.resources,
             )
         )
     return specs

@@ -20,7 +20,7 @@ from frostline.pack import run_pack
 from frostline.prepare import prepare
 from frostline.results import table_of
 from frostline.shards import FeatureError
-from frostline.spec import TrialSpec, configure, confirm_seeds, search_seeds
+from frostline.spec import TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 from frostline.store import Store
 from frostline.testing import toy_job
 from frostline.trial import Outcome, origin_of
@@ -43,21 +43,16 @@ def spec_of(root: Path, *options: str, round_: str = "search", index: int = 0, *
     job = prepare(toy_job(root / "study", options)).job
     seed, seeds = search_seeds(job, "freeze", index) if round_ == "search" else confirm_seeds(job, index)
     config = configure(job, job.arms["freeze"], {"freeze.depth": 3, "head.hidden": 0, **values})
-    return TrialSpec(
+    return trial_of(
+        job,
+        config,
+        seeds,
         trial_id=f"freeze-{index:05d}",
         arm="freeze",
         number=index,
         round="search" if round_ == "search" else "confirm",
         seed=seed,
-        seeds=seeds,
-        data=job.data,
-        backbone=job.backbone,
-        config=config,
-        augment=job.augment,
-        features=job.features,
         cached=True,
-        objective=job.objective,
-        resources=job.resources,
     )
 
 

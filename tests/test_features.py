@@ -17,7 +17,7 @@ from frostline.extract import Survey, extract, survey
 from frostline.features import EVAL_BATCH, Feed, Origin, chunks, from_rows, to_rows
 from frostline.prepare import prepare
 from frostline.shards import FeatureError
-from frostline.spec import TrialSpec, configure, search_seeds
+from frostline.spec import TrialSpec, configure, search_seeds, trial_of
 from frostline.store import Store, key_of
 from frostline.testing import toy_job
 from frostline.trial import origin_of
@@ -31,21 +31,16 @@ def spec_of(root: Path, *options: str) -> TrialSpec:
     """A trial of the toy job that reads what is stored; options are overrides of the job."""
     job = prepare(toy_job(root / "study", ["data.per_class=8", *options])).job
     seed, seeds = search_seeds(job, "freeze", 0)
-    return TrialSpec(
+    return trial_of(
+        job,
+        configure(job, job.arms["freeze"], {"freeze.depth": 3}),
+        seeds,
         trial_id="freeze-00000",
         arm="freeze",
         number=0,
         round="search",
         seed=seed,
-        seeds=seeds,
-        data=job.data,
-        backbone=job.backbone,
-        config=configure(job, job.arms["freeze"], {"freeze.depth": 3}),
-        augment=job.augment,
-        features=job.features,
         cached=True,
-        objective=job.objective,
-        resources=job.resources,
     )
 
 

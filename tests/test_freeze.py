@@ -30,7 +30,7 @@ from frostline.freeze import (
 )
 from frostline.head import build_head
 from frostline.spec import BackboneSpec, Freeze, Head, Train, confirm_seeds, search_seeds
-from frostline.testing import TOY_BACKBONE, toy_job
+from frostline.testing import toy_job
 from frostline.train import Batches, Seeding, build_optimizer, recalibrate, train_epochs
 
 FAMILIES = {
@@ -51,11 +51,6 @@ CLASSES, SAMPLES = 3, 8
 def family(request: pytest.FixtureRequest) -> Backbone:
     torch.set_num_threads(1)
     return load_backbone(BackboneSpec(name=request.param, weights="random"), image_size=FAMILIES[request.param])
-
-
-@pytest.fixture(scope="module")
-def toy() -> Backbone:
-    return load_backbone(BackboneSpec(name=TOY_BACKBONE, weights="random"), image_size=16)
 
 
 def freezing(backbone: Backbone, depth: int, norm: str = "frozen", layer_decay: float = 1.0) -> Plan:

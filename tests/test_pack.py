@@ -18,7 +18,7 @@ from frostline.features import Feed
 from frostline.pack import SUFFIXES, Stopwatch, pack_key, run_pack, take_pack
 from frostline.prepare import prepare
 from frostline.results import table_of
-from frostline.spec import Job, TrialSpec, configure, confirm_seeds, search_seeds
+from frostline.spec import Job, TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 from frostline.testing import toy_job
 from frostline.train import EpochRecord
 from frostline.trial import Outcome
@@ -40,21 +40,16 @@ def spec_of(job: Job, number: int, values: Mapping[str, Any], round_: str = "sea
     seed, seeds = search_seeds(job, "freeze", number) if round_ == "search" else confirm_seeds(job, index)
     values = {"freeze.depth": 3, "head.hidden": 0, "train.schedule": "constant", "train.warmup": 0.0, **values}
     config = configure(job, job.arms["freeze"], values)
-    return TrialSpec(
+    return trial_of(
+        job,
+        config,
+        seeds,
         trial_id=f"freeze-{number:05d}",
         arm="freeze",
         number=number,
         round="search" if round_ == "search" else "confirm",
         seed=seed,
-        seeds=seeds,
-        data=job.data,
-        backbone=job.backbone,
-        config=config,
-        augment=job.augment,
-        features=job.features,
         cached=True,
-        objective=job.objective,
-        resources=job.resources,
     )
 
 

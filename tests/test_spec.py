@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from pydantic import BaseModel, ValidationError
 
 from frostline import spec
-from frostline.models import Range
+from frostline.models import Range, digest
 from frostline.seeds import Seeds, derive_seed
 from frostline.spec import (
     Arm,
@@ -22,13 +22,13 @@ from frostline.spec import (
     TrialSpec,
     configure,
     confirm_seeds,
-    digest,
     holds_integers,
     is_searched,
     search_seeds,
     searchable_fields,
     section_models,
     takes_range,
+    trial_of,
 )
 
 MODELS = [Job, Arm, Range, *section_models().values()]
@@ -125,21 +125,7 @@ def test_a_depth_keeps_its_type_over_json(depth: Any) -> None:
 def test_a_trial_spec_survives_json(config: Config) -> None:
     study = job()
     seed, seeds = search_seeds(study, "a", 0)
-    trial = TrialSpec(
-        trial_id="a-0",
-        arm="a",
-        number=0,
-        round="search",
-        seed=seed,
-        seeds=seeds,
-        data=study.data,
-        backbone=study.backbone,
-        config=config,
-        augment=study.augment,
-        features=study.features,
-        objective=study.objective,
-        resources=study.resources,
-    )
+    trial = trial_of(study, config, seeds, trial_id="a-0", arm="a", number=0, round="search", seed=seed)
     for again in (
         TrialSpec.model_validate_json(trial.model_dump_json()),
         TrialSpec.model_validate(trial.model_dump(mode="json")),

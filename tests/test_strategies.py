@@ -38,6 +38,7 @@ from frostline.spec import (
     confirm_seeds,
     search_seeds,
     starting_point,
+    trial_of,
 )
 from frostline.strategies import CATALOGUE, judged_epoch, phases_of, run_cuts
 from frostline.testing import TOY_BACKBONE, toy_job
@@ -64,11 +65,6 @@ def freezing(strategy: str, **keys: Any) -> Freeze:
 def family(request: pytest.FixtureRequest) -> Backbone:
     torch.set_num_threads(1)
     return load_backbone(BackboneSpec(name=request.param, weights="random"), image_size=FAMILIES[request.param])
-
-
-@pytest.fixture(scope="module")
-def toy() -> Backbone:
-    return load_backbone(BackboneSpec(name=TOY_BACKBONE, weights="random"), image_size=16)
 
 
 def skip_where_nothing_can_be_adapted(backbone: Backbone, strategy: str) -> None:
@@ -151,21 +147,7 @@ def test_a_trial_of_each_strategy_leaves_a_bundle_that_predicts_as_it_did(tmp_pa
         arms={"a": {"strategy": strategy, "space": values}},
     )
     config, (_, seeds) = configure(job, job.arms["a"], {}), confirm_seeds(job, 0)
-    spec = TrialSpec(
-        trial_id="a",
-        arm="a",
-        number=0,
-        round="confirm",
-        seed=0,
-        seeds=seeds,
-        data=job.data,
-        backbone=starting_point(job.backbone, config, seeds),
-        config=config,
-        augment=job.augment,
-        features=job.features,
-        objective=job.objective,
-        resources=job.resources,
-    )
+    spec = trial_of(job, config, seeds, trial_id="a", arm="a", number=0, round="confirm", seed=0)
     outcome = run_trial(spec, feed=Feed(), world=World.here(job.resources), report=lambda _: True)
     assert (outcome.row["status"], outcome.row["audit"], outcome.row["strategy"]) == ("complete", "passed", strategy)
     folder = tmp_path / "bundle"

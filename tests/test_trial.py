@@ -17,7 +17,7 @@ from frostline.pack import run_pack
 from frostline.prepare import prepare
 from frostline.results import SCHEMAS, table_of
 from frostline.rows import failure
-from frostline.spec import Job, TrialSpec, configure, confirm_seeds, search_seeds
+from frostline.spec import Job, TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 from frostline.testing import toy_job
 from frostline.train import EpochRecord
 from frostline.trial import Outcome, Report, run_trial, trial_steps
@@ -28,20 +28,8 @@ def spec_of(job: Job, values: dict[str, Any], round_: str = "search", number: in
     job = prepare(job).job
     seed, seeds = search_seeds(job, "freeze", number) if round_ == "search" else confirm_seeds(job, number)
     config = configure(job, job.arms["freeze"], values)
-    return TrialSpec(
-        trial_id=f"freeze-{number:05d}",
-        arm="freeze",
-        number=number,
-        round=round_,
-        seed=seed,
-        seeds=seeds,
-        data=job.data,
-        backbone=job.backbone,
-        config=config,
-        augment=job.augment,
-        features=job.features,
-        objective=job.objective,
-        resources=job.resources,
+    return trial_of(
+        job, config, seeds, trial_id=f"freeze-{number:05d}", arm="freeze", number=number, round=round_, seed=seed
     )
 
 

@@ -17,7 +17,8 @@ import pyarrow as pa
 from frostline import results
 from frostline.edges import at_the_edge
 from frostline.finalists import choose_finalists, remember
-from frostline.spec import Arm, Mode, digest
+from frostline.models import digest
+from frostline.spec import Arm, Mode
 from frostline.stats import Interval, calibration_error, expected_best, mean_interval
 
 POINTS = 40
@@ -156,11 +157,7 @@ def read_study(path: str | Path) -> StudyResult:
         about = {"name": job["name"], "data": job["data"]["path"], "metric": objective["metric"]}
         seeds, hardware = job["confirm"]["seeds"], facts["hardware"]
     except (KeyError, TypeError, ValueError) as error:
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise results.NotAStudyError(
-            f"{Path(path) / 'job.json'} was not written by a search of this version of Frostline ({problem}); "
-            "compare with the version that wrote it"
-        ) from None
+        raise results.foreign(Path(path) / "job.json", error, "compare") from None
     rows = _rows(results.read_trials(path).select(_COLUMNS))
     asked = results.read_asks(path).select(["trial_id", "params"]).to_pydict()
     values = dict(zip(asked["trial_id"], map(json.loads, asked["params"]), strict=True))

@@ -23,7 +23,8 @@ import torchvision
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from frostline.spec import BackboneSpec, digest
+from frostline.models import digest
+from frostline.spec import BackboneSpec
 from frostline.stages import (
     BackboneError,
     Stage,

@@ -27,9 +27,10 @@ from frostline.cuts import Cut, cut_at, resume
 from frostline.features import EVAL_BATCH, Feed, Fetch, Origin, chunks, on_device
 from frostline.freeze import Applied, Network, apply_plan, compile_plan, fixed_hash
 from frostline.head import build_head
+from frostline.models import digest
 from frostline.pixels import cache_root
 from frostline.prepare import Prepared
-from frostline.spec import Freeze, Head, Train, digest
+from frostline.spec import Freeze, Head, Train
 from frostline.train import Batches, Seeding, build_optimizer, train_epochs
 from frostline.views import augmented
 from frostline.world import World, autocast_dtype, hardware, versions

@@ -146,7 +146,8 @@ def _table(phase: Phase, freeze: Freeze, stages: Sequence[Stage]) -> Table:
 
 def apply_plan(plan: Plan, network: Network, backbone: Backbone) -> list[Applied]:
     """What each phase of the plan means for the network, the first of which is put into force."""
-    phases = [_applied(plan, table, network, backbone) for table in plan.phases]
+    addresses = dict(_addresses(network, backbone.stages))
+    phases = [_applied(plan, table, network, addresses, backbone) for table in plan.phases]
     enforce(network, phases[0])
     return phases
 
@@ -158,8 +159,7 @@ def enforce(network: Network, applied: Applied) -> None:
         parameter.grad = None
 
 
-def _applied(plan: Plan, table: Table, network: Network, backbone: Backbone) -> Applied:
-    addresses = dict(_addresses(network, backbone.stages))
+def _applied(plan: Plan, table: Table, network: Network, addresses: Mapping[str, str], backbone: Backbone) -> Applied:
     multipliers = {name: table.multiplier(address) for name, address in addresses.items()}
     _check_tied(network, backbone, table)
 

@@ -1,7 +1,9 @@
-"""What the models of a job are made of: their base, depths, and the dimensions of a space."""
+"""What the models of a job are made of: their base, depths, the dimensions of a space, and how values are told apart."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
@@ -75,3 +77,8 @@ Dimension = Annotated[
     | Annotated[Scalar, Tag("value")],
     Discriminator(_dimension_kind),
 ]
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of the SHA-256 of a JSON value's canonical text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]

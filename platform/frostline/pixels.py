@@ -25,8 +25,8 @@ import PIL
 
 from frostline.files import DataError
 from frostline.images import DECODE_VERSION, BadImage, Fit, decode, decode_grey
+from frostline.models import digest
 from frostline.sources import Reader, Source
-from frostline.spec import digest
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

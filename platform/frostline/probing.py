@@ -32,7 +32,7 @@ from frostline.prepare import Prepared, prepare
 from frostline.probes import fitted_to
 from frostline.propose import precisions
 from frostline.seeds import derive_seed
-from frostline.spec import BackboneSpec, Config, Freeze, Head, Job, Metric, TrialSpec, search_seeds
+from frostline.spec import BackboneSpec, Config, Freeze, Head, Job, Metric, TrialSpec, search_seeds, trial_of
 from frostline.store import Store
 from frostline.transferability import h_score, logme
 from frostline.trial import origin_of
@@ -98,20 +98,15 @@ def spec_of(job: Job, precision: str) -> TrialSpec:
     """A trial that reads what a search of this prepared job reads for its own heads in closed form."""
     seed, seeds = search_seeds(job, "probe", 0)
     train = job.train.model_copy(update={"precision": precision})
-    return TrialSpec(
+    return trial_of(
+        job,
+        Config(freeze=job.freeze, head=job.head, train=train),
+        seeds,
         trial_id="probe",
         arm="probe",
         number=0,
         round="search",
         seed=seed,
-        seeds=seeds,
-        data=job.data,
-        backbone=job.backbone,
-        config=Config(freeze=job.freeze, head=job.head, train=train),
-        augment=job.augment,
-        features=job.features,
-        objective=job.objective,
-        resources=job.resources,
     )
 
 

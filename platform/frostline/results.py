@@ -151,6 +151,14 @@ class NotAStudyError(ValueError):
     """A folder that holds no study."""
 
 
+def foreign(path: str | Path, error: Exception, todo: str) -> NotAStudyError:
+    """What is to be said of a job.json in which a reader found this error."""
+    problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    return NotAStudyError(
+        f"{path} was not written by a search of this version of Frostline ({problem}); {todo} with the version that wrote it"
+    )
+
+
 class QueryError(ValueError):
     """SQL that DuckDB refuses; the text names the tables and their columns."""
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from frostline import results
-from frostline.spec import Arm, Mode, digest
+from frostline.models import digest
+from frostline.spec import Arm, Mode
 
 RUNNING = "running"
 """The status of a trial that was proposed and has no row: it runs, waits, or was lost with its search."""
@@ -123,11 +124,7 @@ def tracked(
         arms = {name: Arm.model_validate(raw) for name, raw in job["arms"].items()}
         name, metric, mode = job["name"], job["objective"]["metric"], job["objective"]["mode"]
     except (KeyError, TypeError, ValueError) as error:
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise results.NotAStudyError(
-            f"job.json was not written by a search of this version of Frostline ({problem}); track the study with the "
-            "version that wrote it"
-        ) from None
+        raise results.foreign("job.json", error, "track the study") from None
     asked = {ask["trial_id"]: ask for ask in asks}
     trained: dict[str, list[Mapping[str, Any]]] = {}
     for epoch in epochs:

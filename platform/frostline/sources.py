@@ -16,7 +16,8 @@ from pyarrow.fs import FileInfo
 from frostline import idx
 from frostline.files import DataError, Place, Tree, locate, read_bytes, scan
 from frostline.imagetable import SPLIT_NAMES, open_table, read_cells
-from frostline.spec import Data, digest
+from frostline.models import digest
+from frostline.spec import Data
 
 Kind = Literal["digits", "idx", "parquet", "folder"]
 Reader = Callable[[], bytes]

@@ -6,8 +6,6 @@ Reading a job from TOML is `jobfile`. This module needs pydantic and the standar
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +17,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from frostline.models import Depth, Dimension, Frozen, Range, Scalar
+from frostline.models import Depth, Dimension, Frozen, Range, Scalar, digest
 from frostline.seeds import Seeds, derive_seed
 
 SEARCHABLE = ("freeze", "head", "train")  # the sections whose keys an arm's space may name
@@ -424,9 +422,11 @@ def starting_point(backbone: BackboneSpec, config: Config, seeds: Seeds) -> Back
     return backbone.model_copy(update={"weights": "random", "seed": seeds.init})
 
 
-def digest(value: Any) -> str:
-    """16 hex digits of the SHA-256 of a JSON value's canonical text."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
+def trial_of(job: Job, config: Config, seeds: Seeds, **own: Any) -> TrialSpec:
+    """A trial of `config` on what all trials of the job share, each of which may be given anew; `own` is what they do not."""
+    shared = {name: getattr(job, name) for name in ("data", "augment", "features", "objective", "resources")}
+    shared["backbone"] = starting_point(job.backbone, config, seeds)
+    return TrialSpec(config=config, seeds=seeds, **(shared | own))
 
 
 def search_seeds(job: Job, arm: str, number: int) -> tuple[int, Seeds]:

@@ -26,6 +26,7 @@ import numpy as np
 from pyarrow.fs import FileInfo, FileSelector, FileType, LocalFileSystem
 
 from frostline.files import Place, locate
+from frostline.models import digest
 from frostline.pixels import cache_root
 from frostline.shards import (
     FORMAT,
@@ -48,7 +49,6 @@ from frostline.shards import (
     using,
     write,
 )
-from frostline.spec import digest
 
 _KEY = re.compile(r"[0-9a-f]{16,64}")
 _USED, _FETCH = "used", "fetch"  # files that are locked

@@ -34,7 +34,17 @@ from frostline.pack import take_pack
 from frostline.probes import Probe, best_probe
 from frostline.propose import Proposer, batch, precisions
 from frostline.seeds import Seeds
-from frostline.spec import Config, Job, Mode, Round, TrialSpec, configure, confirm_seeds, search_seeds, starting_point
+from frostline.spec import (
+    Config,
+    Job,
+    Mode,
+    Round,
+    TrialSpec,
+    configure,
+    confirm_seeds,
+    search_seeds,
+    trial_of,
+)
 from frostline.store import Store
 from frostline.strategies import judged_epoch, run_cuts
 from frostline.train import EpochRecord
@@ -358,22 +368,17 @@ class Study:
     def _spec(
         self, trial_id: str, arm: str, number: int, round_: Round, seed: int, seeds: Seeds, config: Config
     ) -> TrialSpec:
-        return TrialSpec(
+        return trial_of(
+            self.job,
+            config,
+            seeds,
             trial_id=trial_id,
             arm=arm,
             number=number,
             round=round_,
             seed=seed,
-            seeds=seeds,
-            data=self.job.data,
-            backbone=starting_point(self.job.backbone, config, seeds),
-            config=config,
-            augment=self.job.augment,
-            features=self.job.features,
             cached=self._is_cached(config),
             start_stored=config.head.init == "probe" and end_of(config.head, self.stages) in self.probed_cuts,
-            objective=self.job.objective,
-            resources=self.job.resources,
         )
 
     def _is_cached(self, config: Config) -> bool:

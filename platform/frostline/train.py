@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -326,16 +327,16 @@ class RelativeNorms:
         self.sums, self.settled = None, True
 
 
-class Scored:
+class Scored(ABC):
     """Other values of the trained parameters than the live ones, which are scored and saved in their place."""
 
     def __init__(self, network: Network, trained: Collection[str]) -> None:
         self.live = [p for name, p in network.named_parameters() if name in trained]
         self.held = [p.detach().clone() for p in self.live]
 
+    @abstractmethod
     def values(self) -> Sequence[Tensor]:
         """Those."""
-        raise NotImplementedError
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
