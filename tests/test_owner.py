@@ -62,6 +62,25 @@ def test_trials_come_after_what_they_wait_for_and_the_others_wait(owner: StudyAc
     owner.close()
 
 
+def test_the_study_is_asked_again_only_when_something_has_ended(
+    owner: StudyActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many workers wait at the end of a search, and each asks twenty times a second."""
+    while not isinstance(owner.take("one"), list):
+        do(owner, owner.doing["one"])
+    while isinstance(owner.take(f"w{len(owner.doing)}"), list):
+        pass
+    asked: list[int] = []
+    assert owner.study
+    monkeypatch.setattr(owner.study, "ask", lambda share: asked.append(share) or [])
+    assert [owner.take("idle") for _ in range(20)] == ["wait"] * 20
+    assert asked == []
+    owner.finish({})
+    assert [owner.take("idle") for _ in range(20)] == ["wait"] * 20
+    assert asked == [2]
+    owner.close()
+
+
 def test_preparation_whose_worker_dies_is_given_again_and_then_ends_the_search(owner: StudyActor) -> None:
     for _ in range(TRIES):
         assert isinstance(owner.take("one"), Survey)

@@ -37,6 +37,7 @@ class StudyActor:
         self.before: list[Preparation] = []  # without which nothing else can start
         self.doing: dict[str, Work] = {}  # by worker
         self.tries: Counter[int] = Counter()  # of a piece of preparation
+        self.dry = False  # since it was last found that nothing can start, nothing has ended
         self.stillborn = 0  # workers in a row that ended before they took any work
         self.problem: Exception | None = None
 
@@ -51,12 +52,15 @@ class StudyActor:
     def take(self, worker: str) -> Work | Literal["wait", "end"]:
         """The next piece of work, the last one being done; `wait` where none can begin now, `end` where none will."""
         self.stillborn = 0
-        self.doing.pop(worker, None)
+        if self.doing.pop(worker, None):
+            self.dry = False
         if self.problem or self.study is None or self.study.done:
             return "end"
-        if work := self._next(self.study):
+        if not self.dry and (work := self._next(self.study)):
             self.doing[worker] = work
-        return work or "wait"
+            return work
+        self.dry = True
+        return "wait"
 
     def _next(self, study: Study) -> Work | None:
         if self.before:
@@ -70,6 +74,7 @@ class StudyActor:
 
     def finish(self, outcomes: Mapping[str, Outcome]) -> None:
         self._opened.finish(outcomes)
+        self.dry = False
 
     def hold(self, root: str, keys: Collection[str]) -> None:
         self._opened.hold(root, keys)
@@ -77,6 +82,7 @@ class StudyActor:
     def supplied(self, supply: Supply) -> None:
         self._opened.supplied(supply)
         self.before += supply.shards
+        self.dry = False
 
     def probed(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self._opened.probed(rows)
@@ -90,7 +96,7 @@ class StudyActor:
 
     def lose(self, worker: str, reason: str) -> None:
         """Take back what a worker that is gone was doing."""
-        work = self.doing.pop(worker, None)
+        work, self.dry = self.doing.pop(worker, None), False
         if isinstance(work, list):
             self._opened.lose([spec.trial_id for spec in work], reason)
         elif work:

@@ -352,14 +352,15 @@ class Study:
 
     def _next_confirms(self) -> list[Running]:
         """All confirmations that have not begun; those of one seed could train together."""
+        confirmations = self._confirmations()
         return [
-            Running(self._confirm_spec(trial_id), finalist_of=finalist.trial_id)
-            for trial_id, (finalist, _) in self._confirmations().items()
-            if trial_id in self._to_confirm()
+            Running(
+                self._confirm_spec(trial_id, *confirmations[trial_id]), finalist_of=confirmations[trial_id][0].trial_id
+            )
+            for trial_id in self._to_confirm()
         ]
 
-    def _confirm_spec(self, trial_id: str) -> TrialSpec:
-        finalist, index = self._confirmations()[trial_id]
+    def _confirm_spec(self, trial_id: str, finalist: Finished, index: int) -> TrialSpec:
         seed, seeds = confirm_seeds(self.job, index)
         arm = self.job.arms[finalist.arm]
         config = configure(self.job, arm, self.proposers[finalist.arm].values(finalist.number))
