@@ -20,13 +20,15 @@ import numpy as np
 import torch
 
 from _measure import interleaved, ratios, say
-from frostline.extract import Shard, extract
+from frostline.cuts import cuts_of
+from frostline.extract import extract
 from frostline.features import EVAL_BATCH, Feed, on_device
 from frostline.jobfile import parse_job
 from frostline.prepare import prepare
 from frostline.spec import TrialSpec, configure, search_seeds, trial_of
 from frostline.store import Store, key_of
 from frostline.trial import origin_of
+from frostline.work import Shard
 from frostline.world import World
 
 
@@ -85,7 +87,7 @@ def main() -> None:
             {
                 "bare loop": bare,
                 "pooled features": lambda: extraction((last,)),
-                "all cuts": lambda: extraction(tuple(origin.cuts)),
+                "all cuts": lambda: extraction(tuple(cuts_of(origin.backbone, origin.dataset.pixels.shape[1]))),
             },
             arguments.rounds,
         )

@@ -26,16 +26,16 @@ import numpy as np
 
 from _measure import interleaved, ratios, say
 from _trials import parts_of, search_trial
-from frostline.extract import Survey, extract, survey
+from frostline.extract import extract, survey
 from frostline.features import Feed
 from frostline.jobfile import parse_job
+from frostline.outcome import EpochRecord, Outcome
 from frostline.pack import run_pack
 from frostline.prepare import prepare
 from frostline.spec import Job, TrialSpec
 from frostline.store import Store
 from frostline.testing import TOY_BACKBONE
-from frostline.train import EpochRecord
-from frostline.trial import Outcome
+from frostline.work import Survey
 from frostline.world import World
 
 LRS, HEAD_LRS = (1e-4, 3e-4), (3e-4, 1e-3, 3e-3, 1e-2)

@@ -38,14 +38,13 @@ def ours(trials: int) -> dict[str, Any]:
     """Run a study of trials that report once; how it ended, and how much memory it took on the way."""
     from frostline import results
     from frostline.data import splits_table
+    from frostline.outcome import EpochRecord, Outcome, summarise
     from frostline.pack import Finish, Report
     from frostline.prepare import prepare
-    from frostline.rows import describe, summarise
+    from frostline.rows import describe
     from frostline.spec import TrialSpec
     from frostline.study import Snapshot
     from frostline.testing import toy_job
-    from frostline.train import EpochRecord
-    from frostline.trial import Outcome
     from frostline.tune import run_tune
     from frostline.worker import Worker
     from frostline.world import World

@@ -54,11 +54,11 @@ from frostline import results, search
 from frostline.estimate import facts_of
 from frostline.features import Feed
 from frostline.jobfile import parse_job
+from frostline.outcome import EpochRecord
 from frostline.prepare import Prepared, prepare
 from frostline.propose import Proposer
 from frostline.spec import Job, TrialSpec, configure, search_seeds, trial_of
 from frostline.testing import TOY_BACKBONE
-from frostline.train import EpochRecord
 from frostline.trial import run_trial
 from frostline.world import World
 

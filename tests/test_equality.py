@@ -18,14 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frostline import backbone
-from frostline.extract import Survey, extract, survey
+from frostline.extract import extract, survey
 from frostline.features import Feed
-from frostline.pack import pack_key, run_pack
+from frostline.outcome import EpochRecord, Outcome
+from frostline.pack import run_pack
+from frostline.packing import pack_key
 from frostline.prepare import prepare
 from frostline.spec import Arm, Features, TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 from frostline.testing import toy_job
-from frostline.train import EpochRecord
-from frostline.trial import Outcome
+from frostline.work import Survey
 from frostline.world import World
 
 STAGES = 3

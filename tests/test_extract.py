@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frostline import extract as module
-from frostline.cuts import cut_at
-from frostline.extract import SHARD_BYTES, SHARD_IMAGES, Supply, Survey, extract, needs, shard_size, survey
+from frostline.cuts import _known
+from frostline.extract import SHARD_BYTES, SHARD_IMAGES, extract, needs, shard_size, survey
 from frostline.features import EVAL_BATCH, Feed
+from frostline.outcome import Outcome
 from frostline.pack import run_pack
 from frostline.prepare import prepare
 from frostline.results import table_of
@@ -23,7 +24,8 @@ from frostline.shards import FeatureError
 from frostline.spec import TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 from frostline.store import Store
 from frostline.testing import toy_job
-from frostline.trial import Outcome, origin_of
+from frostline.trial import origin_of
+from frostline.work import Supply, Survey
 from frostline.world import World
 
 CPU = World(torch.device("cpu"), "here")
@@ -99,7 +101,7 @@ def test_each_image_passes_once_for_all_cuts_and_a_restart_passes_none(tmp_path:
 def test_a_process_that_only_extracts_finds_the_cuts_for_itself(tmp_path: Path) -> None:
     spec = spec_of(tmp_path)
     found = supply(spec)
-    cut_at.cache_clear()
+    _known.cache_clear()
     assert made(found) == TRAIN + VAL
     assert not supply(spec).shards
 

@@ -13,7 +13,7 @@ import torch
 
 from frostline import features as module
 from frostline.data import load_data, subset
-from frostline.extract import Survey, extract, survey
+from frostline.extract import extract, survey
 from frostline.features import EVAL_BATCH, Feed, Origin, chunks, from_rows, to_rows
 from frostline.prepare import prepare
 from frostline.shards import FeatureError
@@ -21,6 +21,7 @@ from frostline.spec import TrialSpec, configure, search_seeds, trial_of
 from frostline.store import Store, key_of
 from frostline.testing import toy_job
 from frostline.trial import origin_of
+from frostline.work import Survey
 from frostline.world import World
 
 CPU = World(torch.device("cpu"), "here")

@@ -21,9 +21,10 @@ from frostline.backbone import Backbone, load_backbone
 from frostline.freeze import Network, apply_plan, compile_plan
 from frostline.head import build_head, set_probe
 from frostline.lanes import Lane, lanes_together, train_lanes
+from frostline.outcome import EpochRecord
 from frostline.spec import BackboneSpec, Freeze, Head, Train
 from frostline.testing import TOY_BACKBONE
-from frostline.train import Batches, EpochRecord, NonFiniteError, Seeding, predict, train_epochs
+from frostline.train import Batches, NonFiniteError, Seeding, predict, train_epochs
 
 CLASSES = 3
 LINEAR = Head()

@@ -10,12 +10,13 @@ import pytest
 
 from frostline import results
 from frostline.estimate import facts_of
-from frostline.extract import Shard, Survey, extract, survey
+from frostline.extract import extract, survey
 from frostline.features import Feed
 from frostline.owner import STARTS, TRIES, PreparationError, StudyActor
 from frostline.prepare import prepare
-from frostline.probes import Probe, probe
+from frostline.probes import probe
 from frostline.testing import toy_job
+from frostline.work import Load, Probe, Shard, Survey
 from frostline.world import World
 
 SPLITS: pa.Table = results.SCHEMAS["splits"].empty_table()
@@ -44,6 +45,9 @@ def do(owner: StudyActor, work: Any) -> None:
 def test_trials_come_after_what_they_wait_for_and_the_others_wait(owner: StudyActor) -> None:
     work = owner.take("one")
     assert isinstance(work, Survey)
+    meanwhile = owner.take("two")
+    assert isinstance(meanwhile, Load)
+    assert meanwhile.survey is work
     assert owner.take("two") == "wait"
     do(owner, work)
     while isinstance(work := owner.take("one"), Shard):

@@ -13,15 +13,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frostline.extract import Survey, extract, survey
+from frostline.extract import extract, survey
 from frostline.features import Feed
-from frostline.pack import SUFFIXES, Stopwatch, pack_key, run_pack, take_pack
+from frostline.outcome import EpochRecord, Outcome
+from frostline.pack import Stopwatch, run_pack
+from frostline.packing import SUFFIXES, pack_key, take_pack
 from frostline.prepare import prepare
 from frostline.results import table_of
 from frostline.spec import Job, TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 from frostline.testing import toy_job
-from frostline.train import EpochRecord
-from frostline.trial import Outcome
+from frostline.work import Survey
 from frostline.world import World
 
 STAGES = 3

@@ -13,7 +13,8 @@ from frostline.backbone import BackboneError
 from frostline.prepare import prepare
 from frostline.spec import Resources
 from frostline.testing import image_folder, toy_job
-from frostline.world import World, autocast_dtype, find_device, versions
+from frostline.versions import versions
+from frostline.world import World, autocast_dtype, find_device
 
 
 def test_a_prepared_job_has_nothing_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +49,11 @@ def test_the_feature_store_lies_beside_the_study_unless_the_job_says_where(
 def test_a_head_stands_only_where_the_backbone_can_be_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     searched = ['arms.freeze.space."head.depth"="all"']
     prepare(toy_job(tmp_path, searched))
-    monkeypatch.setattr("frostline.prepare.cut_at", lambda backbone, size, index: None if index == 2 else "there")
+    there = dict.fromkeys((1, 3), "there")
+    monkeypatch.setattr("frostline.prepare.cuts_of", lambda backbone, size: there)
+    monkeypatch.setattr(
+        "frostline.prepare.cuts_at", lambda backbone, size, depths: {i: "there" for i in depths if i in there}
+    )
     for options in (searched, ["head.depth=2"], ['arms.freeze.space."head.depth"=2']):
         with pytest.raises(BackboneError, match=r"no head can stand there; it can after these: 1, 3"):
             prepare(toy_job(tmp_path, options))

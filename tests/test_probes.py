@@ -15,8 +15,8 @@ from frostline.closedform import lda, pooled, ridge
 from frostline.cuts import emit
 from frostline.data import subset
 from frostline.features import Feed
+from frostline.finalists import best_probe
 from frostline.metrics import scores
-from frostline.probes import best_probe
 from frostline.spec import TrialSpec
 from frostline.testing import image_folder, toy_job
 from frostline.trial import origin_of

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sklearn.datasets import load_digits
 
 from frostline.files import DataError
 from frostline.sources import FASHION_CLASSES, FASHION_MNIST, Source, infer_kind, open_source
@@ -67,6 +68,10 @@ def test_digits():
     assert first[0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]  # 0 0 5 13 9 1 0 0, times 255 / 16
     assert {int(v) for raw in contents(source) for v in set(raw)} == {round(v * 255 / 16) for v in range(17)}
     assert source.names[:10] == list("0123456789")
+    theirs = load_digits()
+    assert source.names == [str(label) for label in theirs.target]
+    ours = np.array([np.frombuffer(raw, np.uint8) for raw in contents(source)])
+    assert np.array_equal(ours, np.rint(theirs.data * (255 / 16)))
     assert source.splits is None
 
 

@@ -26,6 +26,7 @@ from frostline.commit import publish_folder
 from frostline.features import Feed
 from frostline.freeze import Applied, FreezeError, Network, apply_plan, compile_plan, fixed_hash, stage_rates, whole
 from frostline.head import build_head
+from frostline.outcome import EpochRecord
 from frostline.spec import (
     BackboneSpec,
     Config,
@@ -42,7 +43,7 @@ from frostline.spec import (
 )
 from frostline.strategies import CATALOGUE, judged_epoch, phases_of, run_cuts
 from frostline.testing import TOY_BACKBONE, toy_job
-from frostline.train import Batches, EpochRecord, RelativeNorms, Seeding, build_optimizer, predict, train_steps
+from frostline.train import Batches, RelativeNorms, Seeding, build_optimizer, predict, train_steps
 from frostline.trial import origin_of, run_trial
 from frostline.world import World
 

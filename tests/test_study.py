@@ -22,16 +22,15 @@ from frostline.claim import StudyMismatchError, differences
 from frostline.commit import StudyBusy
 from frostline.costs import StageTimes, alone_seconds
 from frostline.depths import depth_of
-from frostline.extract import Shard, Supply
 from frostline.finalists import Finished, best_of, choose_finalists
+from frostline.outcome import EpochRecord, Outcome, summarise
 from frostline.propose import Proposer
-from frostline.rows import describe, summarise
+from frostline.rows import describe
 from frostline.spec import Job, TrialSpec
 from frostline.store import Store, key_of
 from frostline.study import Study
 from frostline.testing import toy_job
-from frostline.train import EpochRecord
-from frostline.trial import Outcome
+from frostline.work import Shard, Supply
 from frostline.world import World
 
 STAGES = ["stem", "block1", "block2"]

@@ -13,14 +13,14 @@ import torch
 
 from frostline.data import load_data, subset
 from frostline.features import Feed
+from frostline.outcome import EpochRecord, Outcome
 from frostline.pack import run_pack
 from frostline.prepare import prepare
 from frostline.results import SCHEMAS, table_of
 from frostline.rows import failure
 from frostline.spec import Job, TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 from frostline.testing import toy_job
-from frostline.train import EpochRecord
-from frostline.trial import Outcome, Report, run_trial, trial_steps
+from frostline.trial import Report, run_trial, trial_steps
 from frostline.world import World
 
 

@@ -90,16 +90,31 @@ def find_cuts(
     return cuts
 
 
-@lru_cache(maxsize=4)
-def cuts_of(backbone: Backbone, image_size: int) -> Mapping[int, Cut]:
-    """`find_cuts` of a backbone for images of `image_size` pixels a side, once per process."""
-    return find_cuts(backbone.module, backbone.stages, _noise(backbone, image_size))
+def cuts_at(backbone: Backbone, image_size: int, indices: Iterable[int]) -> dict[int, Cut]:
+    """Index -> cut, ascending, for those of `indices` that a backbone can be resumed from with images of `image_size` pixels
+    a side. Each is tried once per process; to ask for many together spares what they have in common, to leave others out
+    their trials, which take a large network long."""
+    known, indices = _known(backbone, image_size), sorted(indices)
+    if new := set(indices) - known.keys():
+        found = find_cuts(backbone.module, backbone.stages, _noise(backbone, image_size), new)
+        known.update({index: found.get(index) for index in new})
+    return {index: cut for index in indices if (cut := known[index])}
 
 
-@lru_cache(maxsize=64)
 def cut_at(backbone: Backbone, image_size: int, index: int) -> Cut | None:
-    """One of `cuts_of`, without a trial of the others, which takes a large network long; None where it cannot be resumed."""
-    return find_cuts(backbone.module, backbone.stages, _noise(backbone, image_size), {index}).get(index)
+    """One of `cuts_at`; None where the backbone cannot be resumed there."""
+    return cuts_at(backbone, image_size, (index,)).get(index)
+
+
+def cuts_of(backbone: Backbone, image_size: int) -> dict[int, Cut]:
+    """All of `cuts_at`."""
+    return cuts_at(backbone, image_size, range(1, len(backbone.stages) + 1))
+
+
+@lru_cache(maxsize=4)
+def _known(backbone: Backbone, image_size: int) -> dict[int, Cut | None]:
+    """What has been tried so far: None is a cut that failed."""
+    return {}
 
 
 def _noise(backbone: Backbone, image_size: int) -> Tensor:

@@ -15,11 +15,12 @@ import numpy as np
 from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from frostline.closedform import pooled_width
-from frostline.costs import Choice, StageTimes, choose_cuts, measure, resumable, trial_seconds
+from frostline.costs import Choice, StageTimes, choose_cuts, trial_seconds
 from frostline.depths import end_of, frozen_stages
 from frostline.ledger import COMMIT_ROWS, COMMIT_SECONDS
+from frostline.measure import measure, resumable
 from frostline.models import Range
-from frostline.pack import SUFFIXES
+from frostline.packing import SUFFIXES
 from frostline.prepare import Prepared
 from frostline.propose import distributions
 from frostline.spec import OWN_KEYS, Arm, Freeze, Head, Job, Pruner, Resources

@@ -16,9 +16,10 @@ from frostline.closedform import pooled, pooled_width
 from frostline.data import subset
 from frostline.depths import cut_of, end_of
 from frostline.features import EVAL_BATCH, Feed, Origin, chunks, to_rows
-from frostline.spec import Features, Resources, TrialSpec
+from frostline.spec import Features, TrialSpec
 from frostline.store import Store, key_of
 from frostline.trial import origin_of
+from frostline.work import Shard, Supply, Survey
 from frostline.world import World
 
 Hold = Callable[[str, Collection[str]], None]
@@ -27,23 +28,6 @@ Hold = Callable[[str, Collection[str]], None]
 SHARD_BYTES = 128 << 20
 """What an extraction holds in memory, at most, before it is written."""
 SHARD_IMAGES = 2048
-
-
-@dataclass(frozen=True)
-class Survey:
-    """The question what has to be extracted before these trials can run."""
-
-    specs: tuple[TrialSpec, ...]
-    cuts: tuple[int, ...] | None
-    """Cuts that trials like these may have, where that is not known of each."""
-    means: tuple[int, ...]
-    """Cuts at which heads in closed form will be tried on the mean over positions."""
-    at_once: int
-    """Extractions that can run at the same time."""
-
-    @property
-    def resources(self) -> Resources:
-        return self.specs[0].resources
 
 
 @dataclass(frozen=True)
@@ -63,34 +47,15 @@ class Need:
         return origin.about(self.cut, self.view, mean=self.mean)
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One extraction: a pass of some samples, under one view, that stores their activations at some cuts, and their means
-    over positions at others."""
-
-    spec: TrialSpec
-    cuts: tuple[int, ...]
-    means: tuple[int, ...]
-    view: int | None
-    samples: np.ndarray
-
-    @property
-    def resources(self) -> Resources:
-        return self.spec.resources
-
-
-@dataclass(frozen=True)
-class Supply:
-    """The answer: what trials will read, and what of it has to be made."""
-
-    root: str
-    """Of the store."""
-    keys: tuple[str, ...]
-    shards: tuple[Shard, ...]
+def load(question: Survey, world: World) -> None:
+    """Have in this process what the survey and the extractions after it go by: data, backbone, and its cuts, which are found
+    together in a fraction of the time."""
+    origin_of(question.specs[0], world).cuts({*(question.cuts or ()), *question.means})
 
 
 def survey(question: Survey, world: World, hold: Hold) -> Supply:
     """What the trials will read, and what the store lacks of it: see `supply`."""
+    load(question, world)
     wanted: list[Need] = []
     for spec in question.specs:
         origin = origin_of(spec, world)
@@ -181,10 +146,10 @@ def shard_size(images: int, image_bytes: int, at_once: int) -> int:
     return max(1, min(fit, each)) * EVAL_BATCH
 
 
-def image_bytes(origin: Origin, cuts: Iterable[int], means: Iterable[int]) -> int:
+def image_bytes(origin: Origin, cuts: Collection[int], means: Collection[int]) -> int:
     """Bytes of one image's activations at some cuts, and of their means at others, as they are stored."""
-    numbers = sum(math.prod(origin.cut(cut).shape) for cut in cuts)
-    numbers += sum(pooled_width(origin.cut(cut).shape) for cut in means)
+    numbers = sum(math.prod(cut.shape) for cut in origin.cuts(cuts).values())
+    numbers += sum(pooled_width(cut.shape) for cut in origin.cuts(means).values())
     return numbers * np.dtype(origin.dtype).itemsize
 
 

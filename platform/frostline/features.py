@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from frostline.backbone import Backbone
 from frostline.closedform import pooled, pooled_width
-from frostline.cuts import Cut, cut_at, cuts_of, emit, widened
+from frostline.cuts import Cut, cut_at, cuts_at, emit, widened
 from frostline.data import Dataset
 from frostline.spec import Augment, Features
 from frostline.store import Store, key_of
+from frostline.versions import VERSIONED, versions
 from frostline.views import augmented, view_of, views_key
-from frostline.world import VERSIONED, mixed, versions
+from frostline.world import mixed
 
 EVAL_BATCH = 64
 
@@ -47,16 +48,15 @@ class Origin:
     augment: Augment
     augment_seed: int
 
-    @property
-    def cuts(self) -> Mapping[int, Cut]:
-        """The cuts that the backbone can be resumed from; large networks are slow to tell (`cut`)."""
-        return cuts_of(self.backbone, self.dataset.pixels.shape[1])
+    def cuts(self, indices: Collection[int]) -> dict[int, Cut]:
+        """The cuts of these indices, ascending, from which the backbone can be resumed; see `cuts_at`."""
+        found = cuts_at(self.backbone, self.dataset.pixels.shape[1], indices)
+        assert found.keys() == set(indices), f"{self.backbone.name} cannot be resumed from all of {sorted(indices)}"
+        return found
 
     def cut(self, index: int) -> Cut:
-        """The cut of this index, from which the backbone can be resumed."""
-        found = cut_at(self.backbone, self.dataset.pixels.shape[1], index)
-        assert found is not None, f"{self.backbone.name} cannot be resumed from cut {index}"
-        return found
+        """One of `cuts`."""
+        return self.cuts((index,))[index]
 
     def rounding(self, index: int) -> Cut | None:
         """The cut at which a live pass rounds its activations, as storing them would; None where that changes nothing."""
@@ -212,9 +212,7 @@ class Feed:
         if self._passed[0] != question:
             started = time.perf_counter()
             with mixed(origin.device, origin.autocast):
-                passed = emit(
-                    self.module(origin), [origin.cut(cut) for cut in sorted(cuts)], origin.images(samples, view)
-                )
+                passed = emit(self.module(origin), origin.cuts(cuts).values(), origin.images(samples, view))
             dtype = getattr(torch, origin.dtype)
             self._passed = question, {cut: widened(made.to(dtype)) for cut, made in passed.items()}
             self.images_forwarded += len(samples)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from frostline.spec import Mode
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -37,6 +39,13 @@ def choose_finalists(trials: Sequence[Finished], finalists: str, mode: str) -> l
     arms = sorted({trial.arm for trial in trials})
     groups = [ordered] if finalists == "best" else [[t for t in ordered if t.arm == arm] for arm in arms]
     return [best for group in groups if (best := best_of(group, mode))]
+
+
+def best_probe(rows: Sequence[Mapping[str, Any]], mode: Mode) -> Mapping[str, Any] | None:
+    """The row with the best score; of equal ones that at the deepest cut, where training costs least."""
+    sign = 1 if mode == "max" else -1
+    scored = [row for row in rows if row.get("val_score") is not None]
+    return max(scored, key=lambda row: (sign * row["val_score"], row["cut"]), default=None)
 
 
 def remember(row: Mapping[str, Any]) -> Finished:

@@ -9,12 +9,11 @@ import pyarrow as pa
 
 from frostline.extract import extract, survey
 from frostline.features import Feed
+from frostline.outcome import EpochRecord, Outcome
 from frostline.pack import run_pack
 from frostline.probes import probe
 from frostline.spec import Job
 from frostline.study import Snapshot, Study
-from frostline.train import EpochRecord
-from frostline.trial import Outcome
 from frostline.world import World
 
 

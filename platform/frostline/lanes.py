@@ -22,8 +22,9 @@ from torch.nn import functional
 from frostline.features import EVAL_BATCH, chunks, widened
 from frostline.head import SeededDropout, seed_dropout
 from frostline.metrics import scores
+from frostline.outcome import EpochRecord
 from frostline.spec import Metric, Train
-from frostline.train import REMEDY, Batches, EpochRecord, NonFiniteError, rate_factor
+from frostline.train import REMEDY, Batches, NonFiniteError, rate_factor
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # what torch.optim.AdamW takes by default
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_

@@ -9,12 +9,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from frostline.extract import Shard, Supply, Survey
-from frostline.probes import Probe
+from frostline.outcome import EpochRecord, Outcome
 from frostline.spec import Job, TrialSpec
 from frostline.study import Snapshot, Study
-from frostline.train import EpochRecord
-from frostline.trial import Outcome
+from frostline.work import Load, Probe, Shard, Supply, Survey
 
 Preparation = Survey | Shard | Probe
 """What trials wait for."""
@@ -36,6 +34,7 @@ class StudyActor:
         self.study: Study | None = None
         self.before: list[Preparation] = []  # without which nothing else can start
         self.doing: dict[str, Work] = {}  # by worker
+        self.loaded: set[str] = set()  # workers that loaded while others surveyed
         self.tries: Counter[int] = Counter()  # of a piece of preparation
         self.dry = False  # since it was last found that nothing can start, nothing has ended
         self.stillborn = 0  # workers in a row that ended before they took any work
@@ -49,7 +48,7 @@ class StudyActor:
         self.study = Study(job, facts, splits, who={**who, "pid": os.getpid()})
         return self.study.snapshot()
 
-    def take(self, worker: str) -> Work | Literal["wait", "end"]:
+    def take(self, worker: str) -> Work | Load | Literal["wait", "end"]:
         """The next piece of work, the last one being done; `wait` where none can begin now, `end` where none will."""
         self.stillborn = 0
         if self.doing.pop(worker, None):
@@ -60,7 +59,15 @@ class StudyActor:
             self.doing[worker] = work
             return work
         self.dry = True
-        return "wait"
+        return self._meanwhile(worker)
+
+    def _meanwhile(self, worker: str) -> Load | Literal["wait"]:
+        """What a worker does that there is no work for; it need not be ready before there is."""
+        surveys = [work for work in self.doing.values() if isinstance(work, Survey)]
+        if not surveys or worker in self.loaded:
+            return "wait"
+        self.loaded.add(worker)
+        return Load(surveys[0])
 
     def _next(self, study: Study) -> Work | None:
         if self.before:

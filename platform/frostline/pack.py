@@ -19,15 +19,16 @@ from torch import Tensor
 
 from frostline.backbone import Backbone
 from frostline.data import subset
-from frostline.depths import cut_of, end_of
+from frostline.depths import end_of
 from frostline.features import Feed, Origin
 from frostline.freeze import Applied, FreezeError, Network, Plan, apply_plan, compile_plan
 from frostline.head import set_probe
 from frostline.lanes import Lane, train_lanes
-from frostline.rows import Cost, describe, describe_data, describe_network, summarise
+from frostline.outcome import EpochRecord, Outcome, summarise
+from frostline.rows import Cost, describe, describe_data, describe_network
 from frostline.spec import TrialSpec
-from frostline.train import Batches, EpochRecord, predict
-from frostline.trial import Outcome, confirm, failed, head_of, origin_of, trial_steps
+from frostline.train import Batches, predict
+from frostline.trial import confirm, failed, head_of, origin_of, trial_steps
 from frostline.weights import hash_weights
 from frostline.world import World
 
@@ -36,38 +37,6 @@ Report = Callable[[Mapping[str, EpochRecord]], Mapping[str, bool]]
 
 Finish = Callable[[Mapping[str, Outcome]], None]
 """Takes the outcomes of trials that have ended, by trial id."""
-
-SUFFIXES = 8
-"""Lanes that share a live prefix pass: for a suffix of an eighth of the work, 8 lanes come to 2.5 of the 3.3 times that
-any number could gain, and each lane takes the memory of a network."""
-
-
-def pack_key(spec: TrialSpec, stages: int) -> tuple[Any, ...] | None:
-    """What trials must have in common to be lanes of one pack; None for a trial that runs alone.
-
-    The same images in the same mini-batches (data and its views, subset, order, batch size, precision), and either only
-    heads to train, after the same stage, or a live prefix pass to share, whatever the cut.
-    """
-    if not spec.cached or spec.config.train.wise is not None:
-        return None
-    train, seeds, live = spec.config.train, spec.seeds, spec.augment.views == "live"
-    same = (seeds.split, seeds.subset, seeds.augment, seeds.order, train.batch_size, train.precision)
-    if live:
-        return ("live", *same)
-    end = end_of(spec.config.head, stages)
-    return ("heads", *same, end) if cut_of(spec.config, stages) == end else None
-
-
-def take_pack(waiting: Sequence[TrialSpec], stages: int, lanes: int, share: int) -> list[TrialSpec]:
-    """The next pack from trials that wait: the first of them, and in their order those that may train with it, at most
-    `lanes`, and of all that could no more than one in `share`, which is how many packs can start now."""
-    first = waiting[0]
-    key = pack_key(first, stages)
-    if key is None:
-        return [first]
-    fitting = [spec for spec in waiting if pack_key(spec, stages) == key]
-    limit = lanes if key[0] == "heads" else min(lanes, SUFFIXES)
-    return fitting[: max(1, min(limit, -(-len(fitting) // share)))]
 
 
 def run_pack(specs: Sequence[TrialSpec], *, feed: Feed, world: World, report: Report, finish: Finish) -> None:

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from frostline.backbone import Backbone, BackboneError, load_backbone
-from frostline.cuts import cut_at
+from frostline.cuts import cuts_at, cuts_of
 from frostline.data import Dataset, load_data, subset
 from frostline.depths import depth_of, end_of
 from frostline.files import locate
 from frostline.propose import distributions, entries_of
 from frostline.seeds import derive_seed
 from frostline.spec import Head, Job
-from frostline.world import find_device, hardware, versions
+from frostline.versions import versions
+from frostline.world import find_device, hardware
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def check_heads(job: Job, backbone: Backbone, image_size: int) -> None:
         searched = distributions(arm, stages).get("head.depth")
         entries = entries_of(searched) if searched else [arm.space.get("head.depth", job.head.depth)]
         depths |= {end_of(Head.model_validate({"depth": depth}), stages) for depth in entries}
-    if wrong := sorted(depth for depth in depths - {stages} if cut_at(backbone, image_size, depth) is None):
-        right = ", ".join(str(cut) for cut in range(1, stages + 1) if cut_at(backbone, image_size, cut))
+    if wrong := sorted(depths - {stages} - cuts_at(backbone, image_size, depths - {stages}).keys()):
+        right = ", ".join(map(str, cuts_of(backbone, image_size)))
         raise BackboneError(
             f"head.depth: {backbone.name} has more than one stream of activations after stage {wrong[0]}, so that no head "
             f"can stand there; it can after these: {right}"

@@ -8,8 +8,6 @@ begins there, beside full fine-tuning and the linear probe.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,25 +18,14 @@ from frostline.closedform import lda, ridge
 from frostline.data import Dataset, at_most, subset
 from frostline.features import Feed
 from frostline.metrics import scores
-from frostline.spec import Mode, Resources, TrialSpec
+from frostline.spec import TrialSpec
 from frostline.trial import origin_of
+from frostline.work import Probe
 from frostline.world import World
 
 METHODS = {"ridge": ridge, "lda": lda}
 IMAGES = 4096
 """Of the train split at most: more change a head in closed form little, and its cost grows with them."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The question what heads in closed form reach at these cuts; their means are in the store."""
-
-    spec: TrialSpec
-    cuts: tuple[int, ...]
-
-    @property
-    def resources(self) -> Resources:
-        return self.spec.resources
 
 
 def probe(question: Probe, feed: Feed, world: World) -> list[dict[str, Any]]:
@@ -73,10 +60,3 @@ def fitted_to(dataset: Dataset, spec: TrialSpec) -> np.ndarray:
     if len(train) <= IMAGES:
         return train
     return at_most(dataset, max(1, IMAGES // len(dataset.classes)), spec.seeds.subset)
-
-
-def best_probe(rows: Sequence[Mapping[str, Any]], mode: Mode) -> Mapping[str, Any] | None:
-    """The row with the best score; of equal ones that at the deepest cut, where training costs least."""
-    sign = 1 if mode == "max" else -1
-    scored = [row for row in rows if row.get("val_score") is not None]
-    return max(scored, key=lambda row: (sign * row["val_score"], row["cut"]), default=None)

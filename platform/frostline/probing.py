@@ -22,10 +22,10 @@ from torch.nn import functional
 from frostline.backbone import BackboneError
 from frostline.candidates import Candidate, HeadScore, Place, Probed
 from frostline.closedform import lda, ridge
-from frostline.costs import resumable
 from frostline.data import Dataset
 from frostline.extract import Need, extract, supply
 from frostline.features import Feed, Origin
+from frostline.measure import resumable
 from frostline.metrics import scores
 from frostline.neighbours import nearest_mean, nearest_neighbours
 from frostline.prepare import Prepared, prepare

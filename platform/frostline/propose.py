@@ -18,7 +18,6 @@ import numpy as np
 from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import qmc
 
 from frostline.depths import end_of, stages_of
 from frostline.halving import Scores, build_rule
@@ -181,6 +180,8 @@ class Proposer:
 
     def _sobol(self, k: int) -> list[Point]:
         """The next `k` points of a scrambled Sobol sequence that is the arm's own."""
+        from scipy.stats import qmc  # takes half a second to import
+
         engine = qmc.Sobol(len(self.axes), rng=self.seed)
         if self.asked:
             engine.fast_forward(self.asked)

@@ -17,41 +17,19 @@ from frostline.backbone import Backbone, BackboneError
 from frostline.data import DataError, Dataset
 from frostline.freeze import Applied, FreezeError, Network, Plan, stage_rates
 from frostline.metrics import probabilities, scores
+from frostline.outcome import EpochRecord, asked
 from frostline.spec import Train, TrialSpec
-from frostline.train import Batches, EpochRecord, NonFiniteError
-from frostline.world import World, hardware, peak_mib, reset_peak, versions
+from frostline.train import Batches, NonFiniteError
+from frostline.world import World, hardware, peak_mib, reset_peak
 
 
 def describe(spec: TrialSpec, world: World) -> dict[str, Any]:
     """The columns that are known when a trial begins."""
-    config = spec.config
     return {
-        "trial_id": spec.trial_id,
-        "arm": spec.arm,
-        "number": spec.number,
-        "round": spec.round,
-        "strategy": config.freeze.strategy,
-        "config_id": config.id,
-        "spec": spec.model_dump_json(),
-        "seed": spec.seed,
-        "seeds": spec.seeds.model_dump_json(),
-        "norm": config.freeze.norm,
-        "layer_decay": config.freeze.layer_decay,
-        "head_hidden": config.head.hidden,
-        "head_dropout": config.head.dropout,
-        "head_init": config.head.init,
-        "optimizer": config.train.optimizer,
-        "lr": config.train.lr,
-        "head_lr": config.train.head_lr,
-        "weight_decay": config.train.weight_decay,
-        "batch_size": config.train.batch_size,
-        "epochs_asked": config.train.epochs,
-        "views": str(spec.augment.views),
+        **asked(spec),
         "device": str(world.device),
-        "threads": spec.resources.threads,
         "node": world.node,
         "hardware": hardware(world.device),
-        "versions": json.dumps(versions()),
         "started_at": datetime.now(UTC),
     }
 
@@ -83,21 +61,6 @@ def describe_network(
         "trainable_params": sum(size for name, size in sizes.items() if name in applied.trained),
         "applied_lrs": json.dumps(stage_rates(applied, backbone.stages, config.lr, config.head_lr)),
     }
-
-
-def summarise(spec: TrialSpec, records: Sequence[EpochRecord], status: str) -> dict[str, Any]:
-    """The columns that follow from a trial's epochs. The score is the last epoch's, and null unless complete."""
-    row: dict[str, Any] = {"status": status, "epochs": len(records), "val_score": None}
-    if records:
-        pick = max if spec.objective.mode == "max" else min
-        best, last = pick(records, key=lambda record: record.val_score), records[-1]
-        row |= {"last_score": last.val_score, "best_epoch_score": best.val_score, "best_epoch": best.epoch}
-        row |= {"val_nll": last.val["nll"]}
-        if status == "complete":
-            row["val_score"] = last.val_score
-    if status == "pruned":
-        row["reason"] = f"stopped after epoch {len(records)} of {spec.config.train.epochs}"
-    return row
 
 
 def failure(error: Exception) -> dict[str, Any]:

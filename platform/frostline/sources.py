@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import groupby
-from pathlib import PurePosixPath
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import numpy as np
 from pyarrow.fs import FileInfo
@@ -93,14 +94,15 @@ def infer_kind(path: str, files: Iterable[str]) -> Kind:
 
 
 def _digits() -> Source:
-    from sklearn.datasets import load_digits  # takes a second to import
-
-    digits: Any = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8), levels 0 to 16
+    package = find_spec("sklearn")  # whose file is read as it is: to import it takes every worker a second
+    assert package, "scikit-learn comes with this package"
+    file = Path(str(package.origin)).parent / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(file, np.int64, delimiter=",")  # 64 levels and the digit
+    pixels = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # levels 0 to 16
     return Source(
         name="digits",
         sample_ids=[f"digits/{i}" for i in range(len(pixels))],
-        names=[str(label) for label in digits.target.tolist()],
+        names=[str(label) for label in table[:, -1].tolist()],
         read=lambda indices: (pixels[i].tobytes for i in indices),
         grey_shape=(8, 8),
     )

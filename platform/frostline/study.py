@@ -27,11 +27,10 @@ from frostline.claim import record_job, take_lease
 from frostline.commit import clean, publish_folder
 from frostline.costs import alone_seconds, times_of
 from frostline.depths import cut_of, end_of
-from frostline.extract import Supply, Survey
-from frostline.finalists import Finished, best_of, choose_finalists, remember
+from frostline.finalists import Finished, best_of, best_probe, choose_finalists, remember
 from frostline.ledger import Ledger
-from frostline.pack import take_pack
-from frostline.probes import Probe, best_probe
+from frostline.outcome import EpochRecord, Outcome, lost
+from frostline.packing import take_pack
 from frostline.propose import Proposer, batch, precisions
 from frostline.seeds import Seeds
 from frostline.spec import (
@@ -47,8 +46,7 @@ from frostline.spec import (
 )
 from frostline.store import Store
 from frostline.strategies import judged_epoch, run_cuts
-from frostline.train import EpochRecord
-from frostline.trial import Outcome, lost
+from frostline.work import Probe, Supply, Survey
 
 
 @dataclass

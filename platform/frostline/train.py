@@ -32,6 +32,7 @@ from frostline.freeze import (
 )
 from frostline.head import seed_dropout
 from frostline.metrics import scores
+from frostline.outcome import EpochRecord
 from frostline.seeds import derive_seed
 from frostline.spec import Metric, Train
 from frostline.world import mixed
@@ -50,22 +51,6 @@ class Batches:
     fetch: Fetch
     samples: np.ndarray  # (n,) int64 sample numbers
     labels: Tensor  # (n,) int64, on the device
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """What is known after one epoch; scores are of the weights at its end."""
-
-    epoch: int  # counts from 1
-    train_loss: float
-    val: dict[Metric, float]
-    val_score: float
-    lr: float
-    head_lr: float
-    images: int
-    seconds: float  # of this epoch's training and validation
-    eval_seconds: float
-    phase: int = 0  # of the strategy, counted from 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,31 +20,14 @@ from frostline.depths import end_of
 from frostline.features import Feed, Origin, on_device
 from frostline.freeze import Applied, FreezeError, Network, Plan, apply_plan, compile_plan, fixed_hash, whole
 from frostline.head import build_head, set_probe
-from frostline.rows import (
-    Cost,
-    describe,
-    describe_data,
-    describe_network,
-    failure,
-    prediction_rows,
-    score_on_test,
-    summarise,
-)
+from frostline.outcome import EpochRecord, Outcome, summarise
+from frostline.rows import Cost, describe, describe_data, describe_network, failure, prediction_rows, score_on_test
 from frostline.spec import TrialSpec
-from frostline.train import Batches, EpochRecord, Seeding, predict, recalibrate, train_steps
+from frostline.train import Batches, Seeding, predict, recalibrate, train_steps
 from frostline.world import World, autocast_dtype
 
 Report = Callable[[EpochRecord], bool]
 """Takes the record of an epoch and answers whether to go on."""
-
-
-@dataclass
-class Outcome:
-    """What a trial leaves: its row, and for a confirmation its predictions on test and its bundle."""
-
-    row: dict[str, Any]
-    predictions: list[dict[str, Any]] = field(default_factory=list)
-    bundle: dict[str, bytes] = field(default_factory=dict)
 
 
 def run_trial(spec: TrialSpec, *, feed: Feed, world: World, report: Report) -> Outcome:
@@ -194,12 +176,3 @@ def failed(
     traceback's end."""
     row |= summarise(spec, records, "failed") | failure(error)
     return Outcome(row | {"seconds": spent_s, "spent_s": spent_s, "finished_at": datetime.now(UTC)})
-
-
-def lost(spec: TrialSpec, records: Sequence[EpochRecord], reason: str) -> Outcome:
-    """The outcome of a trial whose process is gone: what it had reported, and that it was lost."""
-    row = describe(spec, World(torch.device("cpu"), "unknown")) | summarise(spec, records, "failed")
-    row |= dict.fromkeys(("device", "hardware", "node", "started_at"))
-    seconds = sum(record.seconds for record in records)
-    row |= {"error_kind": "worker_lost", "reason": reason, "seconds": seconds, "spent_s": seconds}
-    return Outcome(row | {"finished_at": datetime.now(UTC)})

@@ -9,11 +9,12 @@ from typing import Any
 import ray
 from ray import tune
 
-from frostline.extract import Shard, Survey, extract, survey
+from frostline.extract import extract, load, survey
 from frostline.features import Feed
 from frostline.pack import Finish, Report, run_pack
-from frostline.probes import Probe, probe
+from frostline.probes import probe
 from frostline.spec import TrialSpec
+from frostline.work import Load, Probe, Shard, Survey
 from frostline.world import World
 
 WAIT_SECONDS = 0.05  # between two questions for work
@@ -44,11 +45,13 @@ class Worker(tune.Trainable):
         """Train a pack."""
         run_pack(specs, feed=self.feed, world=World.here(specs[0].resources), report=report, finish=finish)
 
-    def prepare(self, work: Survey | Shard | Probe) -> None:
+    def prepare(self, work: Load | Survey | Shard | Probe) -> None:
         """Do what trials wait for; what is wrong with it ends the search."""
         world = World.here(work.resources)
         try:
-            if isinstance(work, Survey):
+            if isinstance(work, Load):
+                load(work.survey, world)
+            elif isinstance(work, Survey):
                 supply = survey(work, world, lambda root, keys: ray.get(self.study.hold.remote(root, keys)))
                 ray.get(self.study.supplied.remote(supply))
             elif isinstance(work, Probe):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import os
 import platform
@@ -11,15 +10,12 @@ import resource
 import socket
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from frostline.spec import Resources
 
-PACKAGES = ("frostline", "torch", "torchvision", "timm", "numpy", "ray", "optuna", "pyarrow", "pillow", "scikit-learn")
-VERSIONED = ("torch", "torchvision", "timm")  # what computes activations
 MIB = 1 << 20
 
 
@@ -77,21 +73,6 @@ def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Versions of what computes the numbers, and `code`: 12 hex digits of the SHA-256 over this package's source."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    sha = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        sha.update(source.name.encode() + source.read_bytes())
-    return {**found, "code": sha.hexdigest()[:12]}
 
 
 def gpus_of_a_trial(resources: Resources, there: float) -> float:
