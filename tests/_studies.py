@@ -75,6 +75,7 @@ def confirm_row(
         "n_train": n_train,
         "n_test": None if failed else n_test,
         "peak_mib": finalist["peak_mib"] + index,
+        "stored_bytes": None if failed else 4 * finalist["trainable_params"] + 100,
     }
 
 
@@ -113,10 +114,13 @@ def write_study(
     arms: Mapping[str, Mapping[str, Any]] | None = None,
     predictions: bool = True,
     spec_bytes: int = 0,
+    curves: Mapping[str, Sequence[float]] | None = None,
+    probes: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """A study with these test scores by arm, one a seed (None: that confirmation failed; no scores: none was begun).
 
-    Each arm has `trials` search trials with the statuses in turn; number 0 is the finalist.
+    Each arm has `trials` search trials with the statuses in turn; number 0 is the finalist. `curves` are the val scores by
+    epoch that all confirmations of an arm had, `probes` rows of that table.
     """
     arms = {arm: {"strategy": (kind := STRATEGIES.get(arm, "full")), "space": SPACES[kind]} for arm in scores} | dict(
         arms or {}
@@ -141,7 +145,7 @@ def write_study(
     columns = {"sample_id": [f"img/{n}" for n in range(len(splits))], "label": labels, "split": splits}
     write_splits(folder, pa.table({**columns, "group_id": pa.nulls(len(splits)), "reason": pa.nulls(len(splits))}))
     rng = np.random.default_rng(seed)
-    rows, asks, said = [], [], []
+    rows, asks, said, epochs = [], [], [], []
     for arm, tested in scores.items():
         for number in range(trials):
             status = "complete" if number == 0 else statuses[number % len(statuses)]
@@ -157,10 +161,13 @@ def write_study(
             n_train = 2 * per_class if per_class else pool
             row = confirm_row(finalist, index, score, seed=(1 << 30) + seed + index, n_test=n_test, n_train=n_train)
             rows.append(row)
+            shown = enumerate((curves or {}).get(arm, ()), 1)
+            epochs += [{"trial_id": row["trial_id"], "epoch": epoch, "val_score": val} for epoch, val in shown]
             if score is not None and predictions:
                 accuracy = score if metric != "nll" else 1 - score
                 said.append(prediction_table(row["trial_id"], accuracy, n_test))
     tables = {"asks": table_of("asks", asks)} if asks else {}
+    tables |= {name: table_of(name, made) for name, made in (("epochs", epochs), ("probes", probes)) if made}
     if said:
         tables["predictions"] = pa.concat_tables(said)
     for part, first in enumerate(range(0, len(rows), PART)):

@@ -43,7 +43,7 @@ def test_an_arm_by_hand(tmp_path: Path) -> None:
     wider = (1 / 3 + 0.25 / 0.75) ** 0.5 * 3**0.5
     assert best.test_other_pools.high == pytest.approx(0.85 + half * wider, abs=1e-6), "50 a class of 200"
     assert (best.alone_s, best.spent_s, best.peak_mib) == (2.0, 1.0, pytest.approx(100 + 4 / 3))
-    assert (best.trainable_params, best.stored_bytes) == (5000, 20_000)
+    assert (best.trainable_params, best.stored_bytes) == (5000, 20_100)
     assert best.confirmations[2]["reason"] == "RuntimeError: out of memory"
     assert best.confirmations[2]["test_score"] is best.confirmations[2]["calibration_error"] is None
     error = (0.9 * 0.1 + 0.1 * 0.6) / 1  # 0.9 sure where right, 0.6 sure where wrong

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from _studies import search_row, write_study
+from _studies import RATES, search_row, write_study
 from frostline import results
 from frostline.commit import DamagedFile, commit_part
 from frostline.compare import COSTS, Comparison, ComparisonError, compare
@@ -196,6 +196,17 @@ def test_every_part_is_read_once_and_epochs_are_not(tmp_path: Path, monkeypatch:
     )
     compare([study])
     assert sorted(read) == ["asks", "predictions", "trials"]
+    read.clear()
+    compare(
+        [
+            write_study(
+                tmp_path / "t",
+                {"full": GOOD, "scratch": BAD},
+                arms={"scratch": {"strategy": "scratch", "space": RATES}},
+            )
+        ]
+    )
+    assert sorted(read) == ["asks", "epochs", "predictions", "probes", "trials"], "these say what transfer gained"
 
 
 def test_neither_torch_nor_ray_and_optuna_for_importance_only(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_the_verdict_comes_first_and_100_columns_suffice(tmp_path: Path) -> None
     at = lines.index("Arms, on test")
     assert [" ".join(line.split()) for line in lines[at + 1 : at + 3]] == [
         "arm seeds accuracy, 95 % interval nll ece alone s spent s peak MiB trainable stored",
-        "full 5 0.912 [0.896, 0.928] 0.088 0.144 2 1 102 20.0k 80.0 kB",
+        "full 5 0.912 [0.896, 0.928] 0.088 0.144 2 1 102 20.0k 80.1 kB",
     ]
     at = lines.index("Pairs, by seed")
     assert [" ".join(line.split()) for line in lines[at + 1 : at + 6]] == [

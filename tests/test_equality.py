@@ -25,7 +25,7 @@ from frostline.pack import run_pack
 from frostline.packing import pack_key
 from frostline.prepare import prepare
 from frostline.spec import Arm, Features, TrialSpec, configure, confirm_seeds, search_seeds, trial_of
-from frostline.testing import toy_job
+from frostline.testing import TOY_BACKBONE, toy_job
 from frostline.work import Survey
 from frostline.world import World
 
@@ -62,9 +62,15 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def specs_of(
-    root: Path, dtype: str, views: int | str, configs: Sequence[Mapping[str, Any]], round_: str
+    root: Path,
+    dtype: str,
+    views: int | str,
+    configs: Sequence[Mapping[str, Any]],
+    round_: str,
+    name: str = TOY_BACKBONE,
 ) -> list[TrialSpec]:
-    job = prepare(toy_job(root / "study", ["data.per_class=6", "train.batch_size=16"])).job
+    options = ["data.per_class=6", "train.batch_size=16", f"backbone.name={name}"]
+    job = prepare(toy_job(root / "study", options)).job
     specs = []
     for number, config in enumerate(configs):
         arm = Arm(strategy=config.get("strategy", "freeze_depth"))
@@ -168,8 +174,12 @@ STRATEGIES = {
     "norm_only": {},
     "bias_only": {},
     "auto_rgn": {"freeze.norm": "affine"},
+    "lora": {},
+    "dora": {},
 }
 """With a frozen prefix whose activations can be stored."""
+ADAPTABLE = "timm/test_efficientnet"
+"""With 1x1 convolutions, which the toy backbone has not."""
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -177,12 +187,13 @@ def test_every_strategy_gives_the_same_on_stored_activations_and_on_a_shared_pas
     dtype: str, tmp_path: Path, strategy: str
 ) -> None:
     values = {"strategy": strategy, "freeze.depth": 1, "train.epochs": 4, "train.lr": 1e-3, **STRATEGIES[strategy]}
-    (spec,) = specs_of(tmp_path / "stored", dtype, 2, [values], "confirm")
+    name = ADAPTABLE if strategy in ("lora", "dora") else TOY_BACKBONE
+    (spec,) = specs_of(tmp_path / "stored", dtype, 2, [values], "confirm", name)
     plain, fast = Ran([spec]), Ran([reading(spec)])
     check(plain, fast, spec.trial_id, dtype)
     assert fast.outcomes[spec.trial_id].row["inputs"] == "features"
     pair = [values, {**values, "train.lr": 1e-4}]
-    shared = specs_of(tmp_path / "live", dtype, "live", pair, "search")
+    shared = specs_of(tmp_path / "live", dtype, "live", pair, "search", name)
     together = Ran([reading(spec) for spec in shared])
     for spec in shared:
         check(Ran([spec]), together, spec.trial_id, dtype)

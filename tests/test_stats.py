@@ -156,6 +156,29 @@ def test_the_calibration_error_by_hand() -> None:
     assert stats.calibration_error(np.array([0.7]), np.array([False])) == pytest.approx(0.7)
 
 
+@pytest.mark.parametrize("n", [200, 2000])
+def test_the_interval_over_samples_is_scipys_bootstrap(n: int) -> None:
+    gaps = np.random.default_rng(n).choice([-1.0, -0.2, 0.0, 0.4, 1.0], n, p=[0.05, 0.1, 0.6, 0.15, 0.1])
+    found = stats.samples_interval(gaps)
+    theirs = scipy.stats.bootstrap((gaps,), np.mean, n_resamples=5000, method="percentile", rng=1).confidence_interval
+    assert (found.n, found.mean) == (n, pytest.approx(gaps.mean()))
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.15 * (theirs.high - theirs.low))
+
+
+def test_the_interval_over_samples_covers() -> None:
+    """95 % within 3 standard errors of 1,000 test sets."""
+    rng, p = np.random.default_rng(0), [0.08, 0.8, 0.12]
+    made = [stats.samples_interval(rng.choice([-1.0, 0.0, 1.0], 300, p=p)) for _ in range(1000)]
+    covered = np.mean([found.low <= 0.04 <= found.high for found in made])  # pyright: ignore[reportOptionalOperand]
+    assert covered == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / 1000))
+
+
+def test_samples_that_say_nothing_give_no_interval() -> None:
+    assert stats.samples_interval(np.array([])) == stats.Interval(0, None, None, None)
+    assert stats.samples_interval(np.array([0.5])) == stats.Interval(1, 0.5, None, None)
+    assert stats.samples_interval(np.zeros(9)) == stats.Interval(9, 0.0, None, None)
+
+
 def test_the_calibration_error_against_a_loop_over_bins() -> None:
     rng = np.random.default_rng(0)
     confidence, correct = rng.random(600), rng.random(600) < 0.6

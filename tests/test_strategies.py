@@ -7,7 +7,7 @@ import io
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +18,24 @@ from rich.console import Console
 from torch import Tensor
 
 import frostline
+from _freezing import NEEDED, STRATEGIES, freezing
 from frostline import results
 from frostline.adapters import adapt
 from frostline.backbone import Backbone, load_backbone
 from frostline.bundle import load_bundle
 from frostline.commit import publish_folder
 from frostline.features import Feed
-from frostline.freeze import Applied, FreezeError, Network, apply_plan, compile_plan, fixed_hash, stage_rates, whole
+from frostline.freeze import (
+    Applied,
+    FreezeError,
+    Network,
+    apply_plan,
+    compile_plan,
+    enforce,
+    fixed_hash,
+    stage_rates,
+    whole,
+)
 from frostline.head import build_head
 from frostline.outcome import EpochRecord
 from frostline.spec import (
@@ -32,7 +43,6 @@ from frostline.spec import (
     Config,
     Freeze,
     Head,
-    Strategy,
     Train,
     TrialSpec,
     configure,
@@ -43,23 +53,12 @@ from frostline.spec import (
 )
 from frostline.strategies import CATALOGUE, judged_epoch, phases_of, run_cuts
 from frostline.testing import TOY_BACKBONE, toy_job
-from frostline.train import Batches, RelativeNorms, Seeding, build_optimizer, predict, train_steps
+from frostline.train import Batches, RelativeNorms, Seeding, build_optimizer, predict, train_epochs
 from frostline.trial import origin_of, run_trial
 from frostline.world import World
 
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
-NEEDED: dict[str, dict[str, Any]] = {
-    "freeze_depth": {"depth": 2},
-    "surgical": {"depth": 1},
-    "layer_decay": {"layer_decay": 0.5},
-    "discriminative": {"lr_ratio": 0.1},
-}
 FAMILIES = {TOY_BACKBONE: 16, "timm/resnet10t": 32, "timm/tf_efficientnet_lite0": 32, "timm/vit_tiny_patch16_224": 32}
 CLASSES, SAMPLES, EPOCHS = 3, 8, 4
-
-
-def freezing(strategy: str, **keys: Any) -> Freeze:
-    return Freeze.model_validate({"strategy": strategy, **NEEDED.get(strategy, {}), **keys})
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -93,10 +92,9 @@ def batches(size: int) -> Batches:
 def train(network: Network, phases: list[Applied], size: int, **settings: Any) -> list[EpochRecord]:
     config = Train(**{"epochs": EPOCHS, "batch_size": 4, "lr": 1e-3, "weight_decay": 0.1, **settings})
     data = batches(size)
-    steps = train_steps(
-        network, phases, config, train=data, val=data, metric="nll", seeding=Seeding(0, 0), autocast=None
+    return list(
+        train_epochs(network, phases, config, train=data, val=data, metric="nll", seeding=Seeding(0, 0), autocast=None)
     )
-    return [record for record in steps if record]
 
 
 def tensors(network: Network) -> dict[str, Tensor]:
@@ -198,6 +196,73 @@ def test_phase_two_of_lp_ft_starts_where_the_probe_ended(toy: Backbone) -> None:
     assert records[1].val["nll"] == pytest.approx(
         float(torch.nn.functional.cross_entropy(torch.from_numpy(logits), data.labels)), abs=1e-6
     )
+
+
+LINEAR = """
+import torch
+from torch import nn
+
+class Features(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(50, 5, bias=False)
+        nn.init.orthogonal_(self.linear.weight)
+
+    def forward(self, images):
+        return self.linear(images.flatten(1)[:, :50])
+
+def features():
+    torch.manual_seed(0)
+    return {"module": Features(), "stages": [("linear", ["linear"])], "image_size": 5}
+"""
+
+
+def test_the_linear_theory_of_lp_ft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kumar et al. (2022), two linear layers: 50 inputs, 5 features that are perfect, 100 samples within a subspace of 15
+    dimensions, targets of a head of unit length. The error off that subspace after gradient descent to a loss of zero is nothing
+    for the probe and LP-FT; full fine-tuning distorts the features, from a random head with a mean of some 1.0, from a zero
+    head of some 0.15."""
+    (tmp_path / "linear_theory.py").write_text(LINEAR)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = BackboneSpec(name="python:linear_theory:features", weights="random")
+    backbone = load_backbone(spec, image_size=5)
+    errors: dict[str, list[float]] = {name: [] for name in ("linear_probe", "lp_ft", "full", "zero_head")}
+    for draw in range(10):
+        generator = torch.Generator().manual_seed(draw)
+        subspace = torch.linalg.qr(torch.randn(50, 15, generator=generator)).Q
+        inputs = torch.randn(100, 15, generator=generator) @ subspace.T
+        truth = (
+            torch.nn.functional.normalize(torch.randn(1, 5, generator=generator))
+            @ backbone.module.linear.weight.detach()
+        )
+        start = torch.randn(1, 5, generator=generator) / 5**0.5
+        for strategy, found in errors.items():
+            network = Network(copy.deepcopy(backbone.module), torch.nn.Sequential(torch.nn.Linear(5, 1, bias=False)))
+            with torch.no_grad():
+                network.head[0].weight.copy_(start * (strategy != "zero_head"))  # pyright: ignore
+            for phase in apply_plan(
+                compile_plan(freezing(strategy), backbone.stages, epochs=EPOCHS), network, backbone
+            ):
+                descend(network, phase, inputs, inputs @ truth.T)
+            learned = network.head[0].weight @ network.backbone.linear.weight  # pyright: ignore
+            found.append((learned - truth).square().sum().item())
+    mean = {strategy: float(np.mean(found)) for strategy, found in errors.items()}
+    assert max(mean["linear_probe"], mean["lp_ft"]) < 1e-6
+    assert 0.5 < mean["full"] < 1.7
+    assert 0.1 < mean["zero_head"] < 0.22
+
+
+def descend(network: Network, phase: Applied, inputs: Tensor, targets: Tensor) -> None:
+    """Least squares by gradient descent over what this phase trains."""
+    enforce(network, phase)
+    images = torch.nn.functional.pad(inputs, (0, 25)).view(-1, 3, 5, 5)
+    optimizer = torch.optim.SGD([each for each in network.parameters() if each.requires_grad], lr=0.4)
+    for _ in range(800):
+        optimizer.zero_grad()
+        loss = (network(images) - targets).square().mean() / 2
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 1e-6, "at its minimum"
 
 
 def test_moments_live_on_where_a_phase_does_not_begin_anew(toy: Backbone) -> None:

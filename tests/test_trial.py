@@ -79,6 +79,7 @@ def test_a_row_is_complete_typed_and_repeats_exactly(tmp_path: Path, depth: int)
         "lanes",
         "alone_s",
         "n_test",
+        "stored_bytes",
     } | {name for name in SCHEMAS["trials"].names if name.startswith("test_")}
 
 

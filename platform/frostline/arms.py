@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from frostline import results
 from frostline.edges import at_the_edge
-from frostline.finalists import choose_finalists, remember
+from frostline.finalists import best_probe, choose_finalists, remember
 from frostline.models import digest
 from frostline.spec import Arm, Mode
 from frostline.stats import Interval, calibration_error, expected_best, mean_interval
@@ -27,9 +27,15 @@ POINTS = 40
 _COLUMNS = (
     *("trial_id", "arm", "number", "round", "status", "reason", "strategy", "seed", "finalist_of", "seconds"),
     *("val_score", "last_score", "test_score", "test_accuracy", "test_nll", "n_train", "n_test"),
-    *("alone_s", "spent_s", "peak_mib", "trainable_params", "freeze_depth", "stages"),
+    *("alone_s", "spent_s", "peak_mib", "trainable_params", "stored_bytes", "freeze_depth", "stages"),
 )
-_MEASURED = ("test_score", "test_accuracy", "test_nll", "alone_s", "spent_s", "peak_mib", "n_train", "n_test")
+_MEASURED = (
+    *("test_score", "test_accuracy", "test_nll", "alone_s", "spent_s", "peak_mib", "stored_bytes"),
+    *("n_train", "n_test"),
+)
+FROM_NOTHING = "scratch"
+"""The strategy of an arm that starts from random weights."""
+_COSTS = ("alone_s", "spent_s", "peak_mib", "stored_bytes")  # of a confirmation
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,9 @@ class Finalist:
     edges: list[dict[str, Any]]
     """Values at the edge of their range: key, value, low, high, end (`low` or `high`)."""
     confirmations: list[dict[str, Any]]
-    """By seed: trial_id, seed, test_score, test_accuracy, test_nll, calibration_error, alone_s, spent_s, peak_mib, n_train,
-    n_test; of one that failed, the reason and no scores."""
+    """By seed: trial_id, seed, test_score, test_accuracy, test_nll, calibration_error, alone_s, spent_s, peak_mib,
+    stored_bytes, n_train, n_test; val_scores by epoch, in studies with an arm from nothing; of one that failed, the reason and
+    no test scores."""
     failed: int
     """Of the confirmations."""
     test: Interval
@@ -79,9 +86,8 @@ class Finalist:
     peak_mib: float | None
     """On a CPU that of the process, which may have run other trials before."""
     trainable_params: int | None
-    stored_bytes: int | None
-    """What a trained model adds to its backbone: 4 bytes for each trainable parameter. Running statistics of norm layers are
-    left out: how many there are is not recorded."""
+    stored_bytes: float | None
+    """What a trained model takes on disk beside its backbone; mean over the seeds that completed."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,8 @@ class ArmResult:
     search: SearchResult
     finalist: Finalist | None
     """None where no trial completed."""
+    closed_form: Mapping[str, Any] | None
+    """The row of the best head in closed form of its study, by val, which has an arm from nothing; else None."""
 
     @property
     def confirmations(self) -> list[dict[str, Any]]:
@@ -167,14 +175,20 @@ def read_study(path: str | Path) -> StudyResult:
     answers = read_answers(path, [row["trial_id"] for row in confirmed])
     pool, overlap = _overlap(path, per_class) if confirmed else (None, 1.0)
     worst = worst_of((row["last_score"] for row in rows), mode)
+    curves, closed_form = {}, None
+    if any(arm.strategy == FROM_NOTHING for arm in arms.values()):
+        curves = _val_scores(path, [row["trial_id"] for row in confirmed])
+        closed_form = best_probe(results.read_probes(path).to_pylist(), mode)
     found = []
     for name, arm in arms.items():
         own = [row for row in search if row["arm"] == name]
         best = next((row for row in own if row["trial_id"] in chosen), None)
-        seeded = [_confirmation(row, answers) for row in confirmed if best and row["finalist_of"] == best["trial_id"]]
+        seeded = [
+            _confirmation(row, answers, curves) for row in confirmed if best and row["finalist_of"] == best["trial_id"]
+        ]
         finalist = _finalist(best, seeded, at_the_edge(arm, best["values"], stages), overlap) if best else None
         result = _search_result(arm, stages, own, worst, mode)
-        found.append(ArmResult(name, str(path), name, arm.strategy, backbone, result, finalist))
+        found.append(ArmResult(name, str(path), name, arm.strategy, backbone, result, finalist, closed_form))
     return StudyResult(
         str(path),
         **about,
@@ -244,7 +258,19 @@ def _overlap(path: str | Path, per_class: int | None) -> tuple[int, float]:
     return pool.total(), 1.0 if per_class is None else fmean(per_class / count for count in pool.values())
 
 
-def _confirmation(row: Mapping[str, Any], answers: Mapping[str, Answers]) -> dict[str, Any]:
+def _val_scores(path: str | Path, trial_ids: Sequence[str]) -> dict[str, list[float]]:
+    """Trial id -> its val score after each epoch, of these trials."""
+    table = results.read_epochs(path).select(["trial_id", "epoch", "val_score"])
+    rows = table.filter(pa.array(np.isin(np.asarray(table["trial_id"]), trial_ids))).sort_by("epoch")
+    found: dict[str, list[float]] = {}
+    for row in rows.to_pylist():
+        found.setdefault(row["trial_id"], []).append(row["val_score"])
+    return found
+
+
+def _confirmation(
+    row: Mapping[str, Any], answers: Mapping[str, Answers], curves: Mapping[str, list[float]]
+) -> dict[str, Any]:
     said = answers.get(row["trial_id"])
     complete = row["status"] == "complete" and row["test_score"] is not None
     return {
@@ -252,6 +278,7 @@ def _confirmation(row: Mapping[str, Any], answers: Mapping[str, Answers]) -> dic
         "seed": row["seed"],
         **{key: row[key] if complete else None for key in _MEASURED},
         "calibration_error": calibration_error(said.confidence, said.correct) if said and complete else None,
+        "val_scores": curves.get(row["trial_id"], []),
         "reason": None if complete else row["reason"] or row["status"],
     }
 
@@ -263,7 +290,7 @@ def _finalist(
     known = {
         key: [each[key] for each in confirmations if each[key] is not None] for key in (*_MEASURED, "calibration_error")
     }
-    costs = {key: fmean(known[key]) if known[key] else None for key in ("alone_s", "spent_s", "peak_mib")}
+    costs = {key: fmean(known[key]) if known[key] else None for key in _COSTS}
     return Finalist(
         trial_id=best["trial_id"],
         config=best["values"],
@@ -280,7 +307,6 @@ def _finalist(
         calibration_error=mean_interval(known["calibration_error"]),
         **costs,
         trainable_params=best["trainable_params"],
-        stored_bytes=None if best["trainable_params"] is None else 4 * best["trainable_params"],
     )
 
 

@@ -18,6 +18,7 @@ from frostline.across import Across, across
 from frostline.arms import ArmResult, StudyResult, read_study
 from frostline.pairs import Pair, compare_pairs
 from frostline.spec import Mode
+from frostline.transfer import Gain, gain_of
 
 COSTS = ("alone_s", "peak_mib", "trainable_params", "stored_bytes")
 """What a test score is held against."""
@@ -45,6 +46,8 @@ class Task:
     arms: list[ArmResult]
     """By mean test score, the best first; those without one last."""
     pairs: list[Pair]
+    transfer: Gain | None
+    """What pretrained weights gained; None where no arm started from random ones, or none from pretrained ones."""
     fronts: dict[str, list[dict[str, Any]]]
     """Cost -> a point an arm: label, cost, score (mean on test), non_dominated, and share: of bootstrap replicates, in which
     it is non-dominated."""
@@ -158,6 +161,7 @@ def _task(studies: Sequence[StudyResult], mode: Mode) -> Task:
         verdict=_verdict(confirmed, pairs),
         arms=arms,
         pairs=pairs,
+        transfer=gain_of(arms, pairs, mode),
         fronts={cost: front(confirmed, cost, mode) for cost in COSTS},
         notes=list(_task_notes(studies, arms)),
     )

@@ -15,6 +15,7 @@ from frostline.arms import ArmResult
 from frostline.compare import COSTS, Comparison, Task
 from frostline.stats import BINS, REPLICATES, Interval
 from frostline.text import brief, count, plain, print_whole
+from frostline.transfer import Gain
 
 SIGNS = {"better": ">", "better here": "≥", "not distinguishable": "≈", "not compared": "?"}
 """Between the names of two arms."""
@@ -79,11 +80,13 @@ def _bullets(lines: Sequence[str]) -> list[str]:
 def _chapters(comparison: Comparison) -> Iterator[tuple[str, str, Sequence[str], Sequence[Grid]]]:
     """Title, verdict, remarks and tables: of all tasks together, then of each."""
     found, notes = comparison.across, comparison.notes
+    gains = transfer_grid(comparison)
     if found:
-        yield f"{found.tasks} tasks", found.verdict, notes, [_ranks(found)]
+        yield f"{found.tasks} tasks", found.verdict, notes, [_ranks(found), *([gains] if gains else [])]
     for task in comparison.tasks:
         remarks = [*task.notes, *(() if found else notes)]
-        yield _title(task, comparison.metric), task.verdict, remarks, list(_grids(task, comparison.metric))
+        grids = [*([gains] if gains and not found else []), *_grids(task, comparison.metric)]
+        yield _title(task, comparison.metric), task.verdict, remarks, grids
 
 
 def _title(task: Task, metric: str) -> str:
@@ -113,9 +116,44 @@ def _ranks(across: Across) -> Grid:
     return Grid("Over tasks", rows, [*below, f"Wilcoxon signed ranks over tasks, Holm's p: {told}"])
 
 
+def transfer_grid(comparison: Comparison) -> Grid | None:
+    """What pretrained weights gained in each task, from few train samples to many; None where no task tells."""
+    told = [(task.n_train or 0, task, task.transfer) for task in comparison.tasks if task.transfer]
+    if not told:
+        return None
+    rows = []
+    for n_train, task, gain in sorted(told, key=lambda each: each[0]):
+        head = gain.closed_form
+        rows.append(
+            {
+                "task": task.name,
+                "train": f"{n_train:,}",
+                "arm": gain.arm,
+                comparison.metric: "" if gain.score is None else f"{gain.score:.3f}",
+                "scratch": "" if gain.scratch_score is None else f"{gain.scratch_score:.3f}",
+                "gain, 95 % interval": _interval(gain.gain, "+"),
+                "epochs": _epochs(gain),
+                "closed form": "" if head is None else f"{head['val_score']:.3f} at {head['cut']} of {head['stages']}",
+            }
+        )
+    below = [
+        "epochs: in which the arm first had the val score with which training from random weights ended, of the epochs that "
+        "this took; closed form: the best head in closed form on pretrained features, on val, and after which stage: how near "
+        "the source is"
+    ]
+    return Grid("What pretrained weights gained", rows, below)
+
+
+def _epochs(gain: Gain) -> str:
+    if gain.epochs is None:
+        return f"never of {gain.scratch_epochs}" if gain.scratch_epochs else ""
+    few = "" if gain.reached == gain.gain.n else f", {gain.reached} seeds"
+    return f"{gain.epochs:.1f} of {gain.scratch_epochs}{few}"
+
+
 def _grids(task: Task, metric: str) -> Iterator[Grid]:
-    found = (arms_grid(task, metric), pairs_grid(task), configs_grid(task), budgets_grid(task), importance_grid(task))
-    yield from (grid for grid in (*found, fronts_grid(task)) if grid)
+    yield from filter(None, (arms_grid(task, metric), pairs_grid(task), samples_grid(task), configs_grid(task)))
+    yield from filter(None, (budgets_grid(task), importance_grid(task), fronts_grid(task)))
 
 
 def arms_grid(task: Task, metric: str) -> Grid | None:
@@ -150,7 +188,7 @@ def _arm(arm: ArmResult, metric: str) -> dict[str, str]:
         "spent s": _seconds(found.spent_s),
         "peak MiB": "" if found.peak_mib is None else f"{found.peak_mib:,.0f}",
         "trainable": count(found.trainable_params),
-        "stored": "" if found.stored_bytes is None else decimal(found.stored_bytes),
+        "stored": "" if found.stored_bytes is None else decimal(round(found.stored_bytes)),
     }
 
 
@@ -183,6 +221,21 @@ def pairs_grid(task: Task) -> Grid | None:
     }
     used = [text for verdict, text in meaning.items() if any(pair.verdict == verdict for pair in task.pairs)]
     return Grid("Pairs, by seed", rows, [*told, ", ".join(used)])
+
+
+def samples_grid(task: Task) -> Grid | None:
+    """Arms against each other if the test samples were drawn anew; None where no predictions are kept."""
+    rows = [
+        {
+            "pair": f"{pair.a} - {pair.b}",
+            "test samples": f"{pair.other_samples.n:,}",
+            "accuracy, 95 % interval": _interval(pair.other_samples, "+"),
+        }
+        for pair in task.pairs
+        if pair.other_samples.n
+    ]
+    below = "if other test samples were answered by the same trained models: a bootstrap over samples"
+    return Grid("Pairs, by test sample", rows, [below]) if rows else None
 
 
 def _config(arm: ArmResult) -> dict[str, str]:
@@ -257,7 +310,7 @@ def claims(comparison: Comparison) -> Iterator[str]:
         yield "Where each seed trains on the whole pool, nothing is said of other pools."
     yield (
         f"ece: calibration error of the top label, {BINS} bins of equally many samples. alone s: device time of a confirmation by itself, "
-        "spent s: what it took here. peak MiB: on a CPU, of the whole process. stored: 4 bytes a trainable parameter."
+        "spent s: what it took here. peak MiB: on a CPU, of the whole process. stored: what the trained model takes on disk beside its backbone."
     )
 
 

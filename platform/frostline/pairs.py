@@ -36,6 +36,8 @@ class Pair:
     """Adjusted for all pairs of the task."""
     superiority: float | None
     """P(A > B): see stats.superiority."""
+    other_samples: Interval
+    """Of accuracies, a - b, over test samples, each seed's models weighing the same: see stats.samples_interval."""
     mcnemar: list[dict[str, Any]]
     """By seed, on the same test samples: seed, only_a and only_b (how many only one of them got right), p."""
     mcnemar_p: float | None
@@ -83,11 +85,9 @@ def _measured(
     if len(both) and sign * differences.mean() < 0:
         a, b, differences = b, a, -differences
     ranked = [[None if (score := scores[label][seed]) is None else sign * score for seed in shared] for label in (a, b)]
-    tests = [
-        _mcnemar(seed, answers[a][seed], answers[b][seed])
-        for seed in shared
-        if seed in answers.get(a, {}) and seed in answers.get(b, {})
-    ]
+    said = {seed: (answers[a][seed], answers[b][seed]) for seed in shared if _both_said(seed, answers, a, b)}
+    tests = [_mcnemar(seed, *both) for seed, both in said.items()]
+    gaps = [x.correct.astype(float) - y.correct for x, y in said.values()]
     return Pair(
         a=a,
         b=b,
@@ -96,12 +96,17 @@ def _measured(
         p=stats.paired_p(differences),
         p_holm=None,
         superiority=stats.superiority(*ranked) if shared else None,
+        other_samples=stats.samples_interval(np.mean(gaps, axis=0) if gaps else np.array([])),
         mcnemar=tests,
         mcnemar_p=stats.combined_p([test["p"] for test in tests]) if tests else None,
         mcnemar_holm=None,
         verdict="not compared",
         reason=None,
     )
+
+
+def _both_said(seed: int, answers: Mapping[str, Mapping[int, Answers]], a: str, b: str) -> bool:
+    return seed in answers.get(a, {}) and seed in answers.get(b, {})
 
 
 def _mcnemar(seed: int, a: Answers, b: Answers) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def _schema(columns: str) -> pa.Schema:
     """A schema from lines of a type and the columns that have it, in order."""
     lines = [line.split() for line in columns.strip().splitlines()]
     fields = [(name, _TYPES.get(kind) or pa.type_for_alias(kind)) for kind, *names in lines for name in names]
-    return pa.schema(fields, {VERSION: b"3"})
+    return pa.schema(fields, {VERSION: b"4"})
 
 
 SCHEMAS = {
@@ -103,7 +103,7 @@ SCHEMAS = {
         float64 seconds spent_s alone_s seconds_data seconds_setup seconds_train seconds_eval
         int64   images_forward images_backward
         float64 peak_mib
-        int64   trainable_params total_params
+        int64   trainable_params total_params stored_bytes
         text    inputs pack
         int32   lanes
         text    views audit

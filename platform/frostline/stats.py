@@ -113,6 +113,22 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return float(special.bdtr(least, n, 0.5) + below) if n else 1.0
 
 
+def samples_interval(differences: np.ndarray, replicates: int = REPLICATES) -> Interval:
+    """The mean of (n,) differences by test sample, and its 95 % interval by the percentile bootstrap over samples: for other
+    test samples like these, answered by the same trained models. None below two samples, or where all are equal.
+
+    Samples with the same difference are interchangeable, so a replicate draws how often each value comes.
+    """
+    differences = np.asarray(differences, float)
+    n, mean = len(differences), float(differences.mean()) if len(differences) else None
+    if n < 2 or _constant(differences):
+        return Interval(n, mean, None, None)
+    values, counts = np.unique(differences, return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(n, counts / n, replicates)
+    low, high = np.quantile(drawn @ values / n, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(n, mean, float(low), float(high))
+
+
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
     """Expected calibration error of top-label confidences (n,) against whether these were right (n,), n at least 1.
 

@@ -1,11 +1,11 @@
-"""Training one network on one process: a generator of steps and epoch records."""
+"""Training one network on one process, step by step."""
 
 from __future__ import annotations
 
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -62,109 +62,150 @@ class Seeding:
 
 
 def train_epochs(*arguments: Any, **named: Any) -> Iterator[EpochRecord]:
-    """`train_steps` without its steps: the record of each epoch."""
-    return (record for record in train_steps(*arguments, **named) if record)
+    """Train, and answer the record of each epoch: `Training` without its steps."""
+    return (record for record in Training(*arguments, **named).steps() if record)
 
 
-def train_steps(
-    network: Network,
-    phases: Sequence[Applied],
-    config: Train,
-    *,
-    train: Batches,
-    val: Batches,
-    metric: Metric,
-    seeding: Seeding,
-    autocast: torch.dtype | None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Iterator[EpochRecord | None]:
-    """Train, phase by phase; yield None after each step of an epoch but its last, and the record after that. Stop by closing
-    it.
+class Training:
+    """One network in training, phase by phase. `steps` may be begun once; after any epoch `checkpoint.saved` takes all that
+    another training of the same making needs to go on from there to the bit (P8)."""
 
-    `clock` answers seconds. Raises NonFiniteError, or FreezeError where masks, optimizer and gradients do not agree, or a
-    phase has moved what it holds fixed.
-    """
-    everything = whole(phases).trained
-    average = Average(network, everything, config.ema) if config.ema is not None else None
-    pull = Pull(network, everything, config.l2_sp) if config.l2_sp else None
-    order = np.random.default_rng(seeding.order)
-    torch.manual_seed(derive_seed(seeding.dropout, "backbone"))
-    seed_dropout(network.head, seeding.dropout)
-    per_epoch = -(-len(train.samples) // config.batch_size)
-    optimizer: torch.optim.Optimizer | None = None
-    step, factor = 0, 0.0
+    def __init__(
+        self,
+        network: Network,
+        phases: Sequence[Applied],
+        config: Train,
+        *,
+        train: Batches,
+        val: Batches,
+        metric: Metric,
+        seeding: Seeding,
+        autocast: torch.dtype | None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`clock` answers seconds."""
+        self.network, self.phases, self.config = network, phases, config
+        self.train, self.val = train, val
+        self.metric: Metric = metric
+        self.seeding, self.autocast, self.clock = seeding, autocast, clock
+        self.trained = whole(phases).trained
+        self.average = Average(network, self.trained, config.ema) if config.ema is not None else None
+        self.pull = Pull(network, self.trained, config.l2_sp) if config.l2_sp else None
+        self.blend: Blend | None = None
+        self.relative: RelativeNorms | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.order = np.random.default_rng(seeding.order)
+        self.per_epoch = -(-len(train.samples) // config.batch_size)
+        self.factor = 0.0
+        self.records: list[EpochRecord] = []
+        self.go_on: Callable[[], None] | None = None
+        """Lays what was saved over the first phase that begins."""
 
-    for number, (applied, stretch) in enumerate(zip(phases, stretches(phases, config.epochs), strict=True)):
-        first_step, from_step = (per_epoch * epochs for epochs in (stretch.first - 1, stretch.from_epoch - 1))
-        last_phase = stretch.last == config.epochs
-        enforce(network, applied)
-        optimizer = build_optimizer(network, applied, config, None if applied.restart else optimizer)
-        check_masks(network, applied, optimizer)
-        held = fixed_hash(network, applied) if len(phases) > 1 else None
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        relative = RelativeNorms(optimizer) if applied.relative else None
-        blend = Blend(network, everything, config.wise) if config.wise is not None and last_phase else None
-        scored = average or blend
+    @property
+    def epoch(self) -> int:
+        """Epochs that have ended."""
+        return len(self.records)
 
-        for epoch in range(stretch.first, stretch.last + 1):
-            started = clock()
-            train_mode(network, applied)
-            total = torch.zeros((), device=train.labels.device)
-            for batch in chunks(order.permutation(len(train.samples)), config.batch_size):
-                optimizer.zero_grad(set_to_none=True)
-                with mixed(train.labels.device, autocast):
-                    logits = network(train.fetch(train.samples[batch], epoch))
-                    loss = functional.cross_entropy(
-                        widened(logits), train.labels[batch], label_smoothing=config.label_smoothing
-                    )
-                loss.backward()
-                if step == first_step:
-                    check_gradients(network, applied)
-                if pull is not None:
-                    pull.add()
-                if config.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-                if relative is not None:
-                    relative.take()
-                factor = rate_factor(step - from_step, per_epoch * stretch.scheduled, config)
-                for group in optimizer.param_groups:
-                    group["lr"] = factor * group["peak_lr"] * group.get("weight", 1.0)
-                optimizer.step()
-                if average is not None:
-                    average.update(step)
-                total += loss.detach() * len(batch)
-                step += 1
-                if step % per_epoch:
-                    yield None
-            train_loss = float(total) / len(train.samples)
-            if not math.isfinite(train_loss):
-                raise NonFiniteError(f"the training loss of epoch {epoch} is {train_loss}; {REMEDY}")
-            if relative is not None:
-                relative.settle()
+    def steps(self) -> Iterator[EpochRecord | None]:
+        """Train; yield None after each step of an epoch but its last, and the record after that. Stop by closing it.
 
-            eval_started = clock()
-            with scored.swapped_in() if scored is not None else nullcontext():
-                logits = predict(network, val, autocast)
-            if not np.isfinite(logits).all():
-                raise NonFiniteError(f"validation after epoch {epoch} gives logits that are not finite; {REMEDY}")
-            val_scores = scores(logits, val.labels.cpu().numpy())
-            finished = clock()
-            yield EpochRecord(
-                epoch=epoch,
-                phase=number,
-                train_loss=train_loss,
-                val=val_scores,
-                val_score=val_scores[metric],
-                lr=factor * config.lr,
-                head_lr=factor * config.head_lr,
-                images=len(train.samples),
-                seconds=finished - started,
-                eval_seconds=finished - eval_started,
-            )
-        if held is not None and fixed_hash(network, applied) != held:
-            raise FreezeError(f"phase {number} of training moved a tensor that it holds fixed")
-        if scored is not None and last_phase:
+        Raises NonFiniteError, or FreezeError where masks, optimizer and gradients do not agree, or a phase has moved what it
+        holds fixed.
+        """
+        torch.manual_seed(derive_seed(self.seeding.dropout, "backbone"))
+        seed_dropout(self.network.head, self.seeding.dropout)
+        for number, (applied, stretch) in enumerate(
+            zip(self.phases, stretches(self.phases, self.config.epochs), strict=True)
+        ):
+            if stretch.last < self.epoch:
+                continue
+            self._begin(applied, last=stretch.last == self.config.epochs)
+            held = fixed_hash(self.network, applied) if len(self.phases) > 1 else None
+            for epoch in range(max(stretch.first, self.epoch + 1), stretch.last + 1):
+                started = self.clock()
+                train_loss = yield from self._epoch(epoch, applied, stretch)
+                self.records.append(self._record(epoch, number, train_loss, started))
+                yield self.records[-1]
+            if held is not None and fixed_hash(self.network, applied) != held:
+                raise FreezeError(f"phase {number} of training moved a tensor that it holds fixed")
+        if scored := self.average or self.blend:
             scored.keep()
+
+    def _begin(self, applied: Applied, *, last: bool) -> None:
+        """A phase: what it trains, by which optimizer."""
+        enforce(self.network, applied)
+        before = None if applied.restart else self.optimizer
+        self.optimizer = build_optimizer(self.network, applied, self.config, before)
+        check_masks(self.network, applied, self.optimizer)
+        self.relative = RelativeNorms(self.optimizer) if applied.relative else None
+        if last and self.config.wise is not None:
+            self.blend = Blend(self.network, self.trained, self.config.wise)
+        if self.go_on:
+            self.go_on()
+            self.go_on = None
+
+    def _epoch(self, epoch: int, applied: Applied, stretch: Stretch) -> Generator[None, None, float]:
+        """Train for an epoch; yields between steps and answers the mean training loss."""
+        assert self.optimizer is not None
+        config, train = self.config, self.train
+        first_step, from_step = (self.per_epoch * epochs for epochs in (stretch.first - 1, stretch.from_epoch - 1))
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        train_mode(self.network, applied)
+        total = torch.zeros((), device=train.labels.device)
+        batches = chunks(self.order.permutation(len(train.samples)), config.batch_size)
+        for step, batch in enumerate(batches, (epoch - 1) * self.per_epoch):
+            if step % self.per_epoch:
+                yield None
+            self.optimizer.zero_grad(set_to_none=True)
+            with mixed(train.labels.device, self.autocast):
+                logits = self.network(train.fetch(train.samples[batch], epoch))
+                loss = functional.cross_entropy(
+                    widened(logits), train.labels[batch], label_smoothing=config.label_smoothing
+                )
+            loss.backward()
+            if step == first_step:
+                check_gradients(self.network, applied)
+            if self.pull is not None:
+                self.pull.add()
+            if config.clip_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            if self.relative is not None:
+                self.relative.take()
+            self.factor = rate_factor(step - from_step, self.per_epoch * stretch.scheduled, config)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.factor * group["peak_lr"] * group.get("weight", 1.0)
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update(step)
+            total += loss.detach() * len(batch)
+        train_loss = float(total) / len(train.samples)
+        if not math.isfinite(train_loss):
+            raise NonFiniteError(f"the training loss of epoch {epoch} is {train_loss}; {REMEDY}")
+        if self.relative is not None:
+            self.relative.settle()
+        return train_loss
+
+    def _record(self, epoch: int, phase: int, train_loss: float, started: float) -> EpochRecord:
+        """An epoch that has ended, scored on val."""
+        eval_started, scored = self.clock(), self.average or self.blend
+        with scored.swapped_in() if scored is not None else nullcontext():
+            logits = predict(self.network, self.val, self.autocast)
+        if not np.isfinite(logits).all():
+            raise NonFiniteError(f"validation after epoch {epoch} gives logits that are not finite; {REMEDY}")
+        val_scores = scores(logits, self.val.labels.cpu().numpy())
+        finished = self.clock()
+        return EpochRecord(
+            epoch=epoch,
+            phase=phase,
+            train_loss=train_loss,
+            val=val_scores,
+            val_score=val_scores[self.metric],
+            lr=self.factor * self.config.lr,
+            head_lr=self.factor * self.config.head_lr,
+            images=len(self.train.samples),
+            seconds=finished - started,
+            eval_seconds=finished - eval_started,
+        )
 
 
 @dataclass(frozen=True)
@@ -215,8 +256,11 @@ def build_optimizer(
     else:
         optimizer = torch.optim.AdamW(table, lr=config.lr, fused=True)  # one pass over memory a step, on every device
     if before is not None:
-        kept = {parameter for group in optimizer.param_groups for parameter in group["params"]} & before.state.keys()
-        optimizer.state.update({parameter: before.state[parameter] for parameter in kept})
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer.state.update({each: before.state[each] for each in parameters if each in before.state})
+        if config.optimizer == "sgd" and config.momentum:  # fused SGD takes a group with all moments or with none
+            for parameter in parameters:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
     return optimizer
 
 

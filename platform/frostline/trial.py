@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,25 +15,42 @@ from torch import nn
 from frostline.adapters import adapt
 from frostline.backbone import load_backbone
 from frostline.bundle import bundle_files
+from frostline.checkpoint import resume as resume_training
+from frostline.checkpoint import saved
 from frostline.cuts import leave_at, pooled_cut, resume, round_at
 from frostline.data import load_data, subset
 from frostline.depths import end_of
 from frostline.features import Feed, Origin, on_device
 from frostline.freeze import Applied, FreezeError, Network, Plan, apply_plan, compile_plan, fixed_hash, whole
 from frostline.head import build_head, set_probe
+from frostline.models import digest
 from frostline.outcome import EpochRecord, Outcome, summarise
 from frostline.rows import Cost, describe, describe_data, describe_network, failure, prediction_rows, score_on_test
 from frostline.spec import TrialSpec
-from frostline.train import Batches, Seeding, predict, recalibrate, train_steps
+from frostline.train import Batches, Seeding, Training, predict, recalibrate
+from frostline.versions import versions
 from frostline.world import World, autocast_dtype
 
 Report = Callable[[EpochRecord], bool]
 """Takes the record of an epoch and answers whether to go on."""
 
 
-def run_trial(spec: TrialSpec, *, feed: Feed, world: World, report: Report) -> Outcome:
-    """Train one configuration and score it on val; a confirmation also on test, once, with predictions and a bundle."""
-    steps, answer = trial_steps(spec, feed=feed, world=world, row={}), None
+@dataclass(frozen=True)
+class Keep:
+    """Where a trial keeps its checkpoint, to go on from should it be interrupted."""
+
+    load: Callable[[], bytes | None]
+    """The latest that was saved, if any."""
+    save: Callable[[bytes], None]
+
+
+def run_trial(spec: TrialSpec, *, feed: Feed, world: World, report: Report, keep: Keep | None = None) -> Outcome:
+    """Train one configuration and score it on val; a confirmation also on test, once, with predictions and a bundle.
+
+    With `keep` the state is saved after every epoch but the last, and a trial that finds one goes on from it to the bit; epochs
+    from before are in its row and are not reported again. Raises CheckpointError for one of another trial.
+    """
+    steps, answer = trial_steps(spec, feed=feed, world=world, row={}, keep=keep), None
     while True:
         try:
             record = steps.send(answer)
@@ -48,6 +66,7 @@ def trial_steps(
     world: World,
     row: dict[str, Any],
     clock: Callable[[], float] = time.perf_counter,
+    keep: Keep | None = None,
 ) -> Generator[EpochRecord | None, bool | None, Outcome]:
     """A trial, step by step: yields None before and between steps, and after an epoch its record, for which it is sent
     whether to go on. Columns are put into `row` as they become known. Raises what goes wrong.
@@ -86,8 +105,7 @@ def trial_steps(
     cost.lap("setup")
     yield None
 
-    records, status = [], "complete"
-    for record in train_steps(
+    training = Training(
         network,
         phases,
         config.train,
@@ -97,13 +115,30 @@ def trial_steps(
         seeding=Seeding(spec.seeds.order, spec.seeds.dropout),
         autocast=origin.autocast,
         clock=clock,
-    ):
+    )
+    status = "complete"
+    of = digest(
+        [
+            row["spec"],
+            row["device"],
+            row["precision"],
+            row["data_hash"],
+            row["split_hash"],
+            row["weights_hash"],
+            versions(),
+        ]
+    )
+    if keep and (checkpoint := keep.load()):
+        resume_training(training, checkpoint, of)
+    records = training.records
+    for record in training.steps():
         go_on = yield record
-        if record:
-            records.append(record)
-            if not go_on and record.epoch < config.train.epochs:
+        if record and record.epoch < config.train.epochs:
+            if not go_on:
                 status = "pruned"
                 break
+            if keep:
+                keep.save(saved(training, of))
     if fixed_hash(network, applied) != held:
         raise FreezeError("training moved a tensor that the freeze plan holds fixed")
     row |= {"audit": "passed"} | summarise(spec, records, status)
@@ -154,6 +189,7 @@ def confirm(
     outcome.row |= score_on_test(spec, logits, dataset.labels[samples])
     outcome.predictions = prediction_rows(spec, logits, dataset, samples)
     outcome.bundle = bundle_files(spec, network, applied, origin.backbone, dataset.classes, outcome.row)
+    outcome.row["stored_bytes"] = len(outcome.bundle["model.safetensors"])
 
 
 def origin_of(spec: TrialSpec, world: World) -> Origin:
