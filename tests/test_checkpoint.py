@@ -18,7 +18,7 @@ from torch import Tensor
 from _freezing import STRATEGIES, freezing
 from frostline.adapters import adapt
 from frostline.backbone import Backbone, load_backbone
-from frostline.checkpoint import CheckpointError, resume, saved
+from frostline.checkpoint import CheckpointError, Keep, load_training, save_training
 from frostline.features import Feed
 from frostline.freeze import Network, apply_plan, compile_plan
 from frostline.head import build_head
@@ -27,7 +27,7 @@ from frostline.prepare import prepare
 from frostline.spec import BackboneSpec, Freeze, Head, Train, TrialSpec, configure, confirm_seeds, trial_of
 from frostline.testing import TOY_BACKBONE, toy_job
 from frostline.train import Batches, Seeding, Training
-from frostline.trial import Keep, run_trial
+from frostline.trial import run_trial
 from frostline.world import World
 
 EPOCHS, CLASSES, SAMPLES = 4, 3, 10
@@ -79,7 +79,7 @@ def interrupted(training: Training, epoch: int, steps: int) -> bytes:
     walk = training.steps()
     while next(walk) is None or training.epoch < epoch:
         pass
-    kept = saved(training, "this")
+    kept = save_training(training, "this")
     for _ in range(steps):
         next(walk)
     return kept
@@ -94,7 +94,7 @@ def check(backbone: Backbone, freeze: Freeze, epoch: int, steps: int, **config: 
     wanted = run(through)
     kept = interrupted(left, epoch, steps)
     torch.manual_seed(99)
-    resume(again, kept, "this")
+    load_training(again, kept, "this")
     assert run(again) == wanted
     for name, tensor in tensors(through).items():
         assert torch.equal(tensor, tensors(again)[name]), name
@@ -140,12 +140,12 @@ def test_any_bytes_are_refused(found: bytes) -> None:
 def refused(found: bytes) -> None:
     toy = load_backbone(BackboneSpec(name=TOY_BACKBONE, weights="random"), image_size=16)
     with pytest.raises(CheckpointError, match="checkpoint"):
-        resume(training_of(toy, Freeze(strategy="full")), found, "this")
+        load_training(training_of(toy, Freeze(strategy="full")), found, "this")
 
 
 def test_it_is_of_one_training(toy: Backbone, kept: bytes) -> None:
     with pytest.raises(CheckpointError, match="another configuration"):
-        resume(training_of(toy, Freeze(strategy="full")), kept, "that")
+        load_training(training_of(toy, Freeze(strategy="full")), kept, "that")
 
 
 # --- a whole trial ---

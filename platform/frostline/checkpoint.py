@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 
 import safetensors.torch
 import torch
@@ -28,7 +28,16 @@ class CheckpointError(ValueError):
     """What is no checkpoint, or another training's."""
 
 
-def saved(training: Training, of: str) -> bytes:
+@dataclass(frozen=True)
+class Keep:
+    """Where a trial keeps its checkpoint, to go on from should it be interrupted."""
+
+    load: Callable[[], bytes | None]
+    """The latest that was saved, if any."""
+    save: Callable[[bytes], None]
+
+
+def save_training(training: Training, of: str) -> bytes:
     """The state of a training between two epochs; `of` says which training it is."""
     assert training.optimizer is not None, "no phase has begun"
     network, fixed = training.network, whole(training.phases).fixed
@@ -63,7 +72,7 @@ def saved(training: Training, of: str) -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def resume(training: Training, checkpoint: bytes, of: str) -> None:
+def load_training(training: Training, checkpoint: bytes, of: str) -> None:
     """Let a training that has not begun go on where that of the checkpoint was. Raises CheckpointError."""
     try:
         tensors = safetensors.torch.load(checkpoint)

@@ -67,7 +67,7 @@ def train_epochs(*arguments: Any, **named: Any) -> Iterator[EpochRecord]:
 
 
 class Training:
-    """One network in training, phase by phase. `steps` may be begun once; after any epoch `checkpoint.saved` takes all that
+    """One network in training, phase by phase. `steps` may be begun once; after any epoch `checkpoint.save_training` takes all that
     another training of the same making needs to go on from there to the bit (P8)."""
 
     def __init__(

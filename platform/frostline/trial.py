@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,8 +14,7 @@ from torch import nn
 from frostline.adapters import adapt
 from frostline.backbone import load_backbone
 from frostline.bundle import bundle_files
-from frostline.checkpoint import resume as resume_training
-from frostline.checkpoint import saved
+from frostline.checkpoint import Keep, load_training, save_training
 from frostline.cuts import leave_at, pooled_cut, resume, round_at
 from frostline.data import load_data, subset
 from frostline.depths import end_of
@@ -28,20 +26,10 @@ from frostline.outcome import EpochRecord, Outcome, summarise
 from frostline.rows import Cost, describe, describe_data, describe_network, failure, prediction_rows, score_on_test
 from frostline.spec import TrialSpec
 from frostline.train import Batches, Seeding, Training, predict, recalibrate
-from frostline.versions import versions
 from frostline.world import World, autocast_dtype
 
 Report = Callable[[EpochRecord], bool]
 """Takes the record of an epoch and answers whether to go on."""
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Where a trial keeps its checkpoint, to go on from should it be interrupted."""
-
-    load: Callable[[], bytes | None]
-    """The latest that was saved, if any."""
-    save: Callable[[bytes], None]
 
 
 def run_trial(spec: TrialSpec, *, feed: Feed, world: World, report: Report, keep: Keep | None = None) -> Outcome:
@@ -117,19 +105,9 @@ def trial_steps(
         clock=clock,
     )
     status = "complete"
-    of = digest(
-        [
-            row["spec"],
-            row["device"],
-            row["precision"],
-            row["data_hash"],
-            row["split_hash"],
-            row["weights_hash"],
-            versions(),
-        ]
-    )
+    of = training_id(row)
     if keep and (checkpoint := keep.load()):
-        resume_training(training, checkpoint, of)
+        load_training(training, checkpoint, of)
     records = training.records
     for record in training.steps():
         go_on = yield record
@@ -138,7 +116,7 @@ def trial_steps(
                 status = "pruned"
                 break
             if keep:
-                keep.save(saved(training, of))
+                keep.save(save_training(training, of))
     if fixed_hash(network, applied) != held:
         raise FreezeError("training moved a tensor that the freeze plan holds fixed")
     row |= {"audit": "passed"} | summarise(spec, records, status)
@@ -151,6 +129,12 @@ def trial_steps(
         cost.lap("eval")
     row |= cost.columns(records, row, feed.images_forwarded, plan)
     return outcome
+
+
+def training_id(row: dict[str, Any]) -> str:
+    """What a checkpoint is of: all that a training's bits depend on."""
+    columns = ("spec", "device", "precision", "data_hash", "split_hash", "weights_hash", "versions")
+    return digest([row[column] for column in columns])
 
 
 def head_of(spec: TrialSpec, origin: Origin) -> nn.Sequential:
