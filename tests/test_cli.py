@@ -19,7 +19,10 @@ from frostline.cli import build_parser, main
 from frostline.store import Store, key_of
 from frostline.testing import TOY_BACKBONE, image_folder
 
-COMMANDS = ("search", "plan", "probe", "results", "compare", "report", "track", "features", "schema", "init")
+COMMANDS = (
+    *("search", "plan", "probe", "submit", "jobs", "doctor"),
+    *("results", "compare", "report", "track", "features", "schema", "init"),
+)
 SMALL = ["search.trials=2", "train.epochs=2", "confirm.seeds=1", "data.image_size=16", "data.per_class=10"]
 TOY = [*SMALL, f"backbone.name={TOY_BACKBONE}", "backbone.weights=random"]
 

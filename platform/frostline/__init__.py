@@ -1,13 +1,13 @@
 """Frostline: search what to freeze, how big a head and which learning rates, on Ray, into Parquet."""
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from frostline.versions import VERSION as __version__
 
 if TYPE_CHECKING:
     from frostline.api import probe, search
 
 __all__ = ["__version__", "probe", "search"]
-__version__ = version("frostline")
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from frostline.spec import Job
 
 DYING_SECONDS = 30.0
 MAY_DIFFER: dict[str, Any] = {"results": True, "features": {"path", "budget_gb"}}  # where things are, changes no number
+WEIGHTS, NAMED_WEIGHTS = "backbone.weights", {"pretrained", "random"}  # a file's path may differ, what it holds may not
 MAY_GROW = ("search.trials",)  # what may change, upwards, when a study is opened again
 
 
@@ -45,6 +46,8 @@ def record_job(folder: Path, job: Job, facts: Mapping[str, Any], splits: pa.Tabl
     if path.exists() and committed_parts(folder, results.RECORD):
         old = json.loads(path.read_text(encoding="utf-8"))
         changed = differences(old["job"], record["job"])
+        if WEIGHTS in changed and not NAMED_WEIGHTS.intersection(changed[WEIGHTS]):
+            del changed[WEIGHTS]  # two files; that they hold the same is held by weights_hash
         refused = {key: pair for key, pair in changed.items() if key not in MAY_GROW or pair[1] < pair[0]}
         refused |= differences(
             {key: old["facts"].get(key) for key in results.FIXED_FACTS},

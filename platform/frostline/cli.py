@@ -1,4 +1,4 @@
-"""The command line: `frostline search | plan | probe | results | compare | report | track | features | schema | init`."""
+"""The command line: `frostline search | plan | probe | submit | jobs | doctor | results | compare | report | …`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.filesize import decimal
 from rich.text import Text
 
 import frostline
-from frostline import results
+from frostline import cluster_commands, results
 from frostline.commit import StudyBusy
 from frostline.files import locate
 from frostline.jobfile import load_job
@@ -99,6 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     probed.add_argument("--json", action="store_true", help="all scores as JSON")
 
+    _add_cluster_commands(commands)
+
     shown = _command(commands, "results", _results, "show a study's leaderboard, or query its tables")
     shown.add_argument("study", help="the study's folder, for example results/quickstart")
     how = shown.add_mutually_exclusive_group()
@@ -155,6 +157,45 @@ def build_parser() -> argparse.ArgumentParser:
     init = _command(commands, "init", _init, "write a commented job file to start from")
     init.add_argument("path", nargs="?", default="job.toml", help="where to write it (default: job.toml)")
     return parser
+
+
+def _add_cluster_commands(commands) -> None:
+    """`submit`, `jobs` and `doctor`."""
+    submitted = _command(commands, "submit", cluster_commands.submit, "run a search on a cluster elsewhere, through Ray's Jobs API")
+    _add_job(submitted)
+    _add_dashboard(submitted)
+    how = submitted.add_mutually_exclusive_group()
+    how.add_argument("--no-wait", action="store_true", help="do not follow the job's logs until it has ended")
+    how.add_argument(
+        "--dry-run", action="store_true", help="pack it, and print the `ray job submit` that would do the same"
+    )
+
+    jobs = commands.add_parser(
+        "jobs", help="list, follow or stop submitted jobs", description="List, follow or stop submitted jobs."
+    )
+    whats = jobs.add_subparsers(required=True, metavar="WHAT")
+    _add_dashboard(_command(whats, "list", cluster_commands.list_jobs, "show all submitted jobs, the latest first"))
+    for name, run, summary in (
+        ("status", cluster_commands.job_status, "show how a job stands"),
+        ("logs", cluster_commands.job_logs, "print what a job has written"),
+        ("stop", cluster_commands.stop_job, "end a job; what its search had committed is kept"),
+    ):
+        parser = _command(whats, name, run, summary)
+        parser.add_argument("id", help="as `submit` has printed it and `jobs list` shows it")
+        _add_dashboard(parser)
+        if name == "logs":
+            parser.add_argument("--follow", action="store_true", help="go on until the job has ended")
+
+    examined = _command(commands, "doctor", cluster_commands.doctor, "check whether this machine, or each node of a cluster, is fit to search")
+    examined.add_argument("--address", help="a running Ray cluster, 'auto' on one of its nodes; else this machine alone")
+    examined.add_argument(
+        "--storage", metavar="PATH", help="a folder that all nodes should see, for example that of a job's results"
+    )
+    examined.add_argument("--json", action="store_true", help="the findings as JSON")
+
+
+def _add_dashboard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", required=True, help="the dashboard of the cluster's head, http://HEAD:8265")
 
 
 def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ in it. Workers and study start at the same time, and a worker that is ready befo
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -21,12 +22,12 @@ from typing import Any
 
 import pyarrow as pa
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry; read when ray is imported
+from frostline.rayenv import TOKEN_HINT, ClusterError, set_ray_environment
+
+set_ray_environment()  # read when ray is imported
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-if (Path.home() / ".ray" / "auth_token").exists():
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # verbose=0 is silent in the old one only
 
 import ray
@@ -52,10 +53,6 @@ QUIET_LOGGERS = (
 
 class PlacementError(ValueError):
     """Trials that no node of the cluster can hold."""
-
-
-class ClusterError(ConnectionError):
-    """A Ray cluster that cannot be reached."""
 
 
 class StudySearcher(Searcher):
@@ -205,12 +202,17 @@ def _connect(address: str | None) -> None:
         ray.init("local", include_dashboard=False, **options)
     else:
         try:
-            ray.init(address, runtime_env={"py_modules": [str(Path(__file__).parent)]}, **options)
+            ray.init(address, runtime_env=_own_code(), **options)
         except (ConnectionError, AuthenticationError) as error:
             raise ClusterError(
-                f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}. If there is one, it may want a "
-                "token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH where its token is not in ~/.ray/auth_token"
+                f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}. {TOKEN_HINT}"
             ) from error
+
+
+def _own_code() -> dict[str, Any]:
+    """What sends this package to the workers; nothing in a job of the Jobs API that has brought it, which Ray sends on."""
+    brought = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    return {} if brought.get("py_modules") else {"py_modules": [str(Path(__file__).parent)]}
 
 
 def _short_name(trial: Any) -> str:

@@ -8,14 +8,16 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("frostline", "torch", "torchvision", "timm", "numpy", "ray", "optuna", "pyarrow", "pillow", "scikit-learn")
+VERSION = "0.1.0"
+"""Of Frostline: kept here, as a cluster is sent the source and not the installed package."""
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "ray", "optuna", "pyarrow", "pillow", "scikit-learn")
 VERSIONED = ("torch", "torchvision", "timm")  # what computes activations
 
 
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of what computes the numbers, and `code`: 12 hex digits of the SHA-256 over this package's source."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "frostline": VERSION}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -1,0 +1,109 @@
+"""The commands `submit`, `jobs` and `doctor`: from parsed arguments to what is printed, and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+from rich.text import Text
+
+from frostline import results
+from frostline import submit as jobs_api
+from frostline.doctor import findings
+from frostline.jobfile import load_job
+from frostline.nodes import examine
+from frostline.text import duration, plain
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    job = load_job(arguments.job, arguments.overrides)
+    jobs_api.check_address(arguments.address)
+    if arguments.dry_run:
+        submission = jobs_api.pack(job, Path(tempfile.mkdtemp(prefix=f"frostline-{job.name}-")), Path.cwd())
+        print(jobs_api.as_command(submission, arguments.address))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="frostline-submit-") as scratch:
+        submission = jobs_api.pack(job, Path(scratch), Path.cwd())
+        client = jobs_api.connect(arguments.address)
+        jobs_api.start(client, submission)
+    job_id, at = submission.submission_id, f"--address {arguments.address}"
+    console = Console(highlight=False)
+    console.print(Text(f"submitted {job_id}; its study is {job.folder}, on the cluster"), soft_wrap=True)
+    if not arguments.no_wait:
+        return _follow(client, job_id, arguments.address)
+    console.print(Text(f"follow it with: frostline jobs logs {job_id} --follow {at}"), soft_wrap=True)
+    return 0
+
+
+def _follow(client: Any, job_id: str, address: str) -> int:
+    """A job's logs until it has ended, and its exit status."""
+    try:
+        details = jobs_api.follow(client, job_id, lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        print(f"\nthe job goes on: frostline jobs logs {job_id} --follow --address {address}", file=sys.stderr)
+        return 130
+    _show_end(details)
+    return jobs_api.exit_status(details)
+
+
+def _show_end(details: Any) -> None:
+    """A line on how a job stands and, where its process did not get to say why it failed, Ray's reason."""
+    console = Console(highlight=False)
+    console.print(Text(f"{details.submission_id}: {details.status}"), soft_wrap=True)
+    if details.status != "SUCCEEDED" and details.driver_exit_code is None and details.message:
+        console.print(Text(details.message), soft_wrap=True)
+
+
+def list_jobs(arguments: argparse.Namespace) -> int:
+    jobs = jobs_api.list_jobs(jobs_api.connect(arguments.address))
+    ms = [(each.start_time or 0, each.end_time or 1000 * time.time()) for each in jobs]
+    columns = {
+        "job": [each.submission_id for each in jobs],
+        "status": [str(each.status) for each in jobs],
+        "began": [datetime.fromtimestamp(began / 1000).strftime("%Y-%m-%d %H:%M") for began, _ in ms],
+        "took": [duration((ended - began) / 1000) for began, ended in ms],
+        "study": [(each.metadata or {}).get("study") for each in jobs],
+    }
+    results.render_table(pa.table(columns), Console(highlight=False))
+    return 0
+
+
+def job_status(arguments: argparse.Namespace) -> int:
+    _show_end(jobs_api.find(jobs_api.connect(arguments.address), arguments.id))
+    return 0
+
+
+def job_logs(arguments: argparse.Namespace) -> int:
+    client = jobs_api.connect(arguments.address)
+    if arguments.follow:
+        return _follow(client, arguments.id, arguments.address)
+    print(jobs_api.logs(client, arguments.id), end="")
+    return 0
+
+
+def stop_job(arguments: argparse.Namespace) -> int:
+    _show_end(jobs_api.stop(jobs_api.connect(arguments.address), arguments.id))
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    found = findings(examine(arguments.address, arguments.storage))
+    if arguments.json:
+        print(json.dumps([asdict(each) for each in found], indent=2, allow_nan=False))
+    else:
+        console = Console(highlight=False)
+        names = ("node", "check", "state", "found")
+        results.render_table(pa.table({name: [getattr(each, name) for each in found] for name in names}), console)
+        for each in found:
+            if each.remedy:
+                console.print(plain(f"{each.node}, {each.check}: {each.remedy}"), soft_wrap=True)
+    return 1 if any(each.state == "fail" for each in found) else 0

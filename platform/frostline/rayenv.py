@@ -1,0 +1,31 @@
+"""What Ray must be told before it is imported, no telemetry and a token where there is one, and a cluster that does not answer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+class ClusterError(ConnectionError):
+    """A Ray cluster that cannot be reached."""
+
+
+TOKEN_HINT = (
+    "If there is one, it may want a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH where its token is not in "
+    "~/.ray/auth_token"
+)
+
+
+def set_ray_environment() -> None:
+    """Turn Ray's telemetry off and, where one of Ray's places has a token, its use on; what the user has set stays."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if token_place():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def token_place() -> str | None:
+    """Which of Ray's places for a token is in use, in the order in which Ray looks; never the token itself."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        if os.environ.get(name):
+            return name
+    return "~/.ray/auth_token" if (Path.home() / ".ray" / "auth_token").exists() else None

@@ -1,0 +1,94 @@
+"""A Ray head of our own on loopback, with dashboard and token, for tests that submit to it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+TOKEN = "f" * 64
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where it is, and what a process needs to be let in."""
+
+    address: str
+    """As for ray.init."""
+    dashboard: str
+    env: dict[str, str]
+    """With the right token."""
+
+    def run(self, folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+        """The command line in a folder, with its output as one text."""
+        command = [sys.executable, "-m", "frostline.cli", *arguments]
+        return subprocess.run(
+            command, cwd=folder, env=self.env | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+
+@contextmanager
+def ray_head(root: Path) -> Iterator[Head]:
+    """A head with 2 CPUs and no GPU, killed by process tree afterwards. It has a broken `frostline` on its path: only that
+    which a job brings can be used there."""
+    (root / "token").write_text(TOKEN)
+    (root / "token").chmod(0o600)
+    (root / "broken" / "frostline").mkdir(parents=True)
+    (root / "broken" / "frostline" / "__init__.py").write_text("raise ImportError('the one of this node')\n")
+    home = {"HOME": str(root / "home"), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(root / "token")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | home
+    gcs, dashboard, agent, client = free_ports(4)
+    temp = Path(f"/tmp/frostline-{os.getpid()}-{gcs}")  # a socket's path is short
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0"]
+    command += ["--node-ip-address=127.0.0.1", f"--port={gcs}", f"--temp-dir={temp}", f"--ray-client-server-port={client}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    its = env | {"PATH": path, "PYTHONPATH": str(root / "broken"), "RAY_USAGE_STATS_ENABLED": "0"}
+    head = subprocess.Popen(command, env=its, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root)
+    assert head.stdout
+    try:
+        said = ""
+        while "runtime started" not in said:
+            line = head.stdout.readline()
+            assert line, f"the head has died: {said}"
+            said += line
+        yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", env)
+    finally:
+        end(head)
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a process that we have started, and all that it has."""
+    tree: list[psutil.Process] = []
+    if process.poll() is None:
+        tree = psutil.Process(process.pid).children(recursive=True)
+    for each in [*tree, process]:
+        try:
+            each.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(tree, timeout=30)
+    process.communicate()
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nothing listens at."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def without(env: Mapping[str, str], *names: str) -> dict[str, str]:
+    """An environment without some variables."""
+    return {name: value for name, value in env.items() if name not in names}
