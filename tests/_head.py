@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,14 +41,29 @@ def ray_head(root: Path) -> Iterator[Head]:
     which a job brings can be used there."""
     (root / "token").write_text(TOKEN)
     (root / "token").chmod(0o600)
+    (root / "home").mkdir()
     (root / "broken" / "frostline").mkdir(parents=True)
     (root / "broken" / "frostline" / "__init__.py").write_text("raise ImportError('the one of this node')\n")
     home = {"HOME": str(root / "home"), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(root / "token")}
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | home
     gcs, dashboard, agent, client = free_ports(4)
     temp = Path(f"/tmp/frostline-{os.getpid()}-{gcs}")  # a socket's path is short
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0"]
-    command += ["--node-ip-address=127.0.0.1", f"--port={gcs}", f"--temp-dir={temp}", f"--ray-client-server-port={client}"]
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=2",
+        "--num-gpus=0",
+    ]
+    command += [
+        "--node-ip-address=127.0.0.1",
+        f"--port={gcs}",
+        f"--temp-dir={temp}",
+        f"--ray-client-server-port={client}",
+    ]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     its = env | {"PATH": path, "PYTHONPATH": str(root / "broken"), "RAY_USAGE_STATS_ENABLED": "0"}
@@ -87,8 +102,3 @@ def free_ports(count: int) -> list[int]:
     for each in sockets:
         each.close()
     return ports
-
-
-def without(env: Mapping[str, str], *names: str) -> dict[str, str]:
-    """An environment without some variables."""
-    return {name: value for name, value in env.items() if name not in names}

@@ -133,7 +133,11 @@ def test_a_public_dashboard_without_token_fails_and_a_cluster_without_token_warn
     (found,) = found_on(facts_of(auth=None), dashboard=open_to_all | {"loopback": True})["exposure"]
     assert found.state == "warn"
     assert found_on(facts_of(), dashboard=open_to_all | {"token": True}) == {}
-    here = {"cluster": None, "machines": [facts_of(auth=None, token=None)], "dashboard": open_to_all | {"loopback": True}}
+    here = {
+        "cluster": None,
+        "machines": [facts_of(auth=None, token=None)],
+        "dashboard": open_to_all | {"loopback": True},
+    }
     assert {each.state for each in findings(here)} == {"ok"}
 
 

@@ -162,7 +162,15 @@ def test_dry_run_prints_the_plain_command_and_no_token(
     words = shlex.split(said)
     assert words[:5] == ["ray", "job", "submit", "--address", "http://head:8265"]
     assert re.fullmatch(r"small-\d{8}-\d{6}", words[words.index("--submission-id") + 1])
-    assert words[words.index("--") + 1 :] == "python -m frostline.cli search job.toml --address auto".split()
+    assert words[words.index("--") + 1 :] == [
+        "python",
+        "-m",
+        "frostline.cli",
+        "search",
+        "job.toml",
+        "--address",
+        "auto",
+    ]
     working_dir = Path(words[words.index("--working-dir") + 1])
     (package,) = json.loads(words[words.index("--runtime-env-json") + 1])["py_modules"]
     assert load_job(working_dir / "job.toml") == load_job("job.toml")
@@ -192,7 +200,7 @@ def test_a_study_goes_on_with_the_same_weights_in_another_file() -> None:
     save_file(ToyNet().state_dict(), "one.safetensors")
     shutil.copy("one.safetensors", "two.safetensors")
     save_file(ToyNet().state_dict(), "other.safetensors")
-    command = ["search", "job.toml", "--inline"]
+    command = ["search", "--inline", "job.toml"]
     assert main([*command, "backbone.weights=one.safetensors"]) == 0
     assert main([*command, "backbone.weights=two.safetensors", "search.trials=4"]) == 0
     assert main([*command, "backbone.weights=other.safetensors", "search.trials=4"]) == 2
@@ -214,7 +222,9 @@ def test_a_submitted_search_runs_to_its_end_and_is_there_to_ask_for(head: Head, 
     assert {json.loads(row["versions"])["code"] for row in rows} == {versions()["code"]}
     assert main(["results", "study"]) == 0
     listed = head.run(tmp_path, "jobs", "list", "--address", head.dashboard)
-    assert re.search(rf"{job_id} +SUCCEEDED .* {tmp_path}/study", listed.stdout), listed.stdout
+    assert re.search(rf"{job_id} +SUCCEEDED +20\d\d-", listed.stdout), listed.stdout
+    stands = head.run(tmp_path, "jobs", "status", job_id, "--address", head.dashboard)
+    assert stands.stdout.splitlines() == [f"{job_id}: SUCCEEDED", f"its study is {tmp_path}/study, on the cluster"]
     logs = head.run(tmp_path, "jobs", "logs", job_id, "--address", head.dashboard)
     assert f"report: {tmp_path}/study/report.html" in logs.stdout
 

@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from frostline.versions import VERSION as __version__
+from frostline.versions import VERSION
 
 if TYPE_CHECKING:
     from frostline.api import probe, search
 
 __all__ = ["__version__", "probe", "search"]
+__version__ = VERSION
 
 
 def __getattr__(name: str) -> Any:

@@ -161,7 +161,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_cluster_commands(commands) -> None:
     """`submit`, `jobs` and `doctor`."""
-    submitted = _command(commands, "submit", cluster_commands.submit, "run a search on a cluster elsewhere, through Ray's Jobs API")
+    submitted = _command(
+        commands, "submit", cluster_commands.submit, "run a search on a cluster elsewhere, through Ray's Jobs API"
+    )
     _add_job(submitted)
     _add_dashboard(submitted)
     how = submitted.add_mutually_exclusive_group()
@@ -186,8 +188,15 @@ def _add_cluster_commands(commands) -> None:
         if name == "logs":
             parser.add_argument("--follow", action="store_true", help="go on until the job has ended")
 
-    examined = _command(commands, "doctor", cluster_commands.doctor, "check whether this machine, or each node of a cluster, is fit to search")
-    examined.add_argument("--address", help="a running Ray cluster, 'auto' on one of its nodes; else this machine alone")
+    examined = _command(
+        commands,
+        "doctor",
+        cluster_commands.doctor,
+        "check whether this machine, or each node of a cluster, is fit to search",
+    )
+    examined.add_argument(
+        "--address", help="a running Ray cluster, 'auto' on one of its nodes; else this machine alone"
+    )
     examined.add_argument(
         "--storage", metavar="PATH", help="a folder that all nodes should see, for example that of a job's results"
     )

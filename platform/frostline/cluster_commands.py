@@ -71,14 +71,16 @@ def list_jobs(arguments: argparse.Namespace) -> int:
         "status": [str(each.status) for each in jobs],
         "began": [datetime.fromtimestamp(began / 1000).strftime("%Y-%m-%d %H:%M") for began, _ in ms],
         "took": [duration((ended - began) / 1000) for began, ended in ms],
-        "study": [(each.metadata or {}).get("study") for each in jobs],
     }
     results.render_table(pa.table(columns), Console(highlight=False))
     return 0
 
 
 def job_status(arguments: argparse.Namespace) -> int:
-    _show_end(jobs_api.find(jobs_api.connect(arguments.address), arguments.id))
+    details = jobs_api.find(jobs_api.connect(arguments.address), arguments.id)
+    _show_end(details)
+    if study := (details.metadata or {}).get("study"):
+        Console(highlight=False).print(Text(f"its study is {study}, on the cluster"), soft_wrap=True)
     return 0
 
 

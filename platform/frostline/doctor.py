@@ -111,7 +111,9 @@ def of_exposure(dashboard: Facts | None, cluster: str | None, machines: Sequence
         said = f"no token is asked for: whoever reaches {reachable[0]} may join the cluster and run code"
         return Finding(node, "exposure", "warn", said, remedy)
     if dashboard is None:
-        return Finding(node, "exposure", "ok", "no dashboard answers" if cluster else "no dashboard answers on port 8265")
+        return Finding(
+            node, "exposure", "ok", "no dashboard answers" if cluster else "no dashboard answers on port 8265"
+        )
     bound = "on loopback only" if dashboard["loopback"] else "reachable from elsewhere"
     asked = "wants a token" if dashboard["token"] else "wants no token"
     return Finding(node, "exposure", "ok", f"{dashboard['url']} is {bound} and {asked}")
@@ -122,13 +124,18 @@ def of_storage(facts: Facts) -> Iterator[Finding]:
     storage = facts["storage"]
     if not storage:
         return
-    found = f"{storage['path']} is not there yet; {storage['there']} is" if storage["there"] != storage["path"] else storage["path"]
+    found = (
+        f"{storage['path']} is not there yet; {storage['there']} is"
+        if storage["there"] != storage["path"]
+        else storage["path"]
+    )
     remedy = "mount the same storage at this path on every node, writable; the study's folder and the data must be seen by all"
     if facts.get("storage_error"):
         yield Finding(facts["node"], "storage", "fail", f"{storage['path']}: {facts['storage_error']}", remedy)
     elif facts.get("wrote"):
-        state, did = ("ok", "written and read") if facts["read"] else ("fail", "written, and not read again")
-        yield Finding(facts["node"], "storage", state, f"{found}: {did}", "" if facts["read"] else remedy)  # type: ignore[arg-type]
+        state: State = "ok" if facts["read"] else "fail"
+        did = "written and read" if facts["read"] else "written, and not read again"
+        yield Finding(facts["node"], "storage", state, f"{found}: {did}", "" if facts["read"] else remedy)
     elif facts.get("read"):
         yield Finding(facts["node"], "storage", "ok", f"{found}: read what the first node wrote")
     elif facts.get("read") is False:
@@ -162,9 +169,13 @@ def of_network(facts: Facts) -> Iterator[Finding]:
         said, remedy = f"{', '.join(wrong)}, and {found}", f"set {set_both} on this node, before `ray start`"
         yield Finding(facts["node"], "network", "warn", said, remedy)
     elif carrier is None:
-        yield Finding(facts["node"], "network", "warn", found, "trials over several nodes need an interface with this address")
+        yield Finding(
+            facts["node"], "network", "warn", found, "trials over several nodes need an interface with this address"
+        )
     elif named != address and not loopback and len(told) < len(variables):
-        remedy = f"set {set_both} on this node, before `ray start`: gloo and NCCL would take the address of the host's name"
+        remedy = (
+            f"set {set_both} on this node, before `ray start`: gloo and NCCL would take the address of the host's name"
+        )
         yield Finding(facts["node"], "network", "warn", found, remedy)
     else:
         yield Finding(facts["node"], "network", "ok", found)

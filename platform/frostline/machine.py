@@ -21,6 +21,7 @@ from frostline.rayenv import token_place
 from frostline.versions import versions
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _DEVICES = """
 import json, torch
 names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -84,7 +85,7 @@ def dashboard(url: str, *, here: bool = False) -> dict[str, Any] | None:
     """Whether a Ray dashboard that answers at a URL wants a token, and whether it is bound to loopback only; None where none
     answers. With `here` the port's listeners on this machine say how it is bound, else the URL."""
     try:
-        with urllib.request.urlopen(f"{url}/api/version", timeout=10) as answer:  # without any token
+        with _DIRECTLY.open(f"{url}/api/version", timeout=10) as answer:  # without any token
             body = answer.read(10_000)
         if b"ray_version" not in body:
             return None

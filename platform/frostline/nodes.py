@@ -49,7 +49,7 @@ def _examine_cluster(address: str, storage: str | None) -> dict[str, Any]:
         pending = [_on(node, _look, _name(node), node["NodeManagerAddress"], storage) for node in nodes]
         machines: list[dict[str, Any]] = []
         for node, reference in zip(nodes, pending, strict=True):
-            facts = _answer(reference) or {}
+            facts = _answer(reference)
             if "error" not in facts:
                 facts |= {"ray_gpus": node["Resources"].get("GPU", 0), "clock": _clock(node)}
             machines.append({"node": _name(node), **facts})

@@ -1,4 +1,4 @@
-"""What Ray must be told before it is imported, no telemetry and a token where there is one, and a cluster that does not answer."""
+"""Of Ray, without Ray: where its token is, and what to say where a cluster does not answer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,6 @@ TOKEN_HINT = (
     "If there is one, it may want a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH where its token is not in "
     "~/.ray/auth_token"
 )
-
-
-def set_ray_environment() -> None:
-    """Turn Ray's telemetry off and, where one of Ray's places has a token, its use on; what the user has set stays."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if token_place():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def token_place() -> str | None:

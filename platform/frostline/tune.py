@@ -22,9 +22,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from frostline.rayenv import TOKEN_HINT, ClusterError, set_ray_environment
+from frostline.rayenv import TOKEN_HINT, ClusterError, token_place
 
-set_ray_environment()  # read when ray is imported
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry; read when ray is imported
+if token_place():
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
