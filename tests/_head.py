@@ -36,8 +36,8 @@ class Head:
 
 
 @contextmanager
-def ray_head(root: Path) -> Iterator[Head]:
-    """A head with 2 CPUs and no GPU, killed by process tree afterwards. It has a broken `frostline` on its path: only that
+def ray_head(root: Path, *, nodes: int = 1) -> Iterator[Head]:
+    """A head with 2 CPUs and no GPU, and other such nodes beside it, killed by process tree afterwards. They have a broken `frostline` on their path: only that
     which a job brings can be used there."""
     (root / "token").write_text(TOKEN)
     (root / "token").chmod(0o600)
@@ -46,39 +46,44 @@ def ray_head(root: Path) -> Iterator[Head]:
     (root / "broken" / "frostline" / "__init__.py").write_text("raise ImportError('the one of this node')\n")
     home = {"HOME": str(root / "home"), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(root / "token")}
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | home
-    gcs, dashboard, agent, client = free_ports(4)
+    gcs, dashboard, client, *agents = free_ports(3 + nodes)
     temp = Path(f"/tmp/frostline-{os.getpid()}-{gcs}")  # a socket's path is short
+    own = ["--head", f"--port={gcs}", f"--ray-client-server-port={client}", f"--temp-dir={temp}"]
+    own += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    its = env | {"PATH": path, "PYTHONPATH": str(root / "broken"), "RAY_USAGE_STATS_ENABLED": "0"}
+    started: list[subprocess.Popen] = []
+    try:
+        for agent in agents:
+            started.append(_start(root, its, *own, f"--dashboard-agent-listen-port={agent}"))
+            own = [f"--address=127.0.0.1:{gcs}"]
+        yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", env)
+    finally:
+        for process in started:
+            end(process)
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _start(root: Path, env: dict[str, str], *options: str) -> subprocess.Popen:
+    """A node of Ray, when it is there."""
     command = [
         sys.executable,
         "-m",
         "ray.scripts.scripts",
         "start",
-        "--head",
         "--block",
         "--num-cpus=2",
         "--num-gpus=0",
+        *options,
     ]
-    command += [
-        "--node-ip-address=127.0.0.1",
-        f"--port={gcs}",
-        f"--temp-dir={temp}",
-        f"--ray-client-server-port={client}",
-    ]
-    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    its = env | {"PATH": path, "PYTHONPATH": str(root / "broken"), "RAY_USAGE_STATS_ENABLED": "0"}
-    head = subprocess.Popen(command, env=its, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root)
-    assert head.stdout
-    try:
-        said = ""
-        while "runtime started" not in said:
-            line = head.stdout.readline()
-            assert line, f"the head has died: {said}"
-            said += line
-        yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", env)
-    finally:
-        end(head)
-        shutil.rmtree(temp, ignore_errors=True)
+    node = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root)
+    assert node.stdout
+    said = ""
+    while "runtime started" not in said:
+        line = node.stdout.readline()
+        assert line, f"the node has died: {said}"
+        said += line
+    return node
 
 
 def end(process: subprocess.Popen) -> None:

@@ -164,7 +164,7 @@ def test_what_listens_beyond_loopback_is_told_from_what_does_not() -> None:
 
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[Head]:
-    with ray_head(tmp_path) as started:
+    with ray_head(tmp_path, nodes=2) as started:
         yield started
 
 
@@ -176,8 +176,10 @@ def test_every_node_of_a_cluster_is_examined(tmp_path: Path, head: Head) -> None
     assert "Traceback" not in done.stdout
     assert TOKEN not in done.stdout
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    assert any(line.startswith("127.0.0.1 ") and "versions ok python" in line for line in lines), done.stdout
-    assert any(f"storage ok {study}: written and read" in line for line in lines), done.stdout
-    assert any("authentication ok mode token, token at RAY_AUTH_TOKEN_PATH" in line for line in lines), done.stdout
-    assert any("is on loopback only and wants a token" in line for line in lines), done.stdout
+    assert len([line for line in lines if line.startswith("ok versions python")]) == 2, done.stdout
+    assert f"ok storage {study}: written and read" in lines, done.stdout
+    assert f"ok storage {study}: read what the first node wrote" in lines, done.stdout
+    assert lines.count("ok authentication mode token, token at RAY_AUTH_TOKEN_PATH") == 2, done.stdout
+    assert any(line.startswith(("ok clock +0.", "ok clock -0.")) for line in lines), done.stdout
+    assert f"ok exposure {head.dashboard} is on loopback only and wants a token" in lines, done.stdout
     assert list(study.iterdir()) == []

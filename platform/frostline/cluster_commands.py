@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.text import Text
 
 from frostline import results
 from frostline import submit as jobs_api
-from frostline.doctor import findings
+from frostline.doctor import Finding, findings
 from frostline.jobfile import load_job
 from frostline.nodes import examine
 from frostline.text import duration, plain
@@ -102,10 +103,18 @@ def doctor(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([asdict(each) for each in found], indent=2, allow_nan=False))
     else:
-        console = Console(highlight=False)
-        names = ("node", "check", "state", "found")
-        results.render_table(pa.table({name: [getattr(each, name) for each in found] for name in names}), console)
-        for each in found:
-            if each.remedy:
-                console.print(plain(f"{each.node}, {each.check}: {each.remedy}"), soft_wrap=True)
+        show_findings(found, Console(highlight=False))
     return 1 if any(each.state == "fail" for each in found) else 0
+
+
+def show_findings(found: Sequence[Finding], console: Console) -> None:
+    """A table of findings, one a line however long, each node's under its name; remedies stand below what they are for."""
+    for node in dict.fromkeys(each.node for each in found):
+        console.print(plain(node, "bold"), soft_wrap=True)
+        for each in found:
+            if each.node == node:
+                console.print(plain(f"  {each.state:4}  {each.check:14}  {each.found}"), soft_wrap=True)
+                if each.remedy:
+                    console.print(plain(f"        {'to do':14}  {each.remedy}"), soft_wrap=True)
+    counts = [sum(each.state == state for each in found) for state in ("ok", "warn", "fail")]
+    console.print("{} ok, {} to look at, {} failed".format(*counts))

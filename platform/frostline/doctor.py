@@ -5,12 +5,13 @@ Pure functions of plain data, which `nodes` gathers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Facts = Mapping[str, Any]
 State = Literal["ok", "warn", "fail"]
+WORSE: tuple[State, ...] = ("fail", "warn")
 
 PACKAGES = ("python", "frostline", "torch", "torchvision", "timm", "ray", "pyarrow", "numpy")
 GB = 10**9
@@ -146,7 +147,7 @@ def of_disk(node: str, name: str, disk: Facts) -> Finding:
     """Whether a disk has space left: Ray's temporary folder, or that of the study."""
     free, total = disk["free_bytes"], disk["total_bytes"]
     full = 1 - free / total
-    state: State = next((state for state in ("fail", "warn") if free < LEAST_FREE[state]), "ok")
+    state: State = _worst(lambda state: free < LEAST_FREE[state])
     if name == "temp" and full > RAY_REFUSES_AT:
         state = "fail"
     found = f"{disk['path']}: {free / GB:.1f} of {total / GB:.0f} GB free"
@@ -189,7 +190,15 @@ def of_clock(facts: Facts, first: Facts) -> Finding:
     ours, theirs = facts["clock"], first.get("clock") or {"offset_s": 0.0, "error_s": 0.0}
     offset, error = ours["offset_s"] - theirs["offset_s"], ours["error_s"] + theirs["error_s"]
     sure = abs(offset) - error
-    state: State = next((state for state in ("fail", "warn") if sure > CLOCK_S[state]), "ok")
+    state: State = _worst(lambda state: sure > CLOCK_S[state])
     found = f"{offset:+.2f} ± {error:.2f} s from {first['node']}"
     remedy = "" if state == "ok" else "let NTP or chrony set the clock: times in rows and logs are those of the nodes"
     return Finding(facts["node"], "clock", state, found, remedy)
+
+
+def _worst(reached: Callable[[State], bool]) -> State:
+    """The worst state whose limit is reached."""
+    for state in WORSE:
+        if reached(state):
+            return state
+    return "ok"

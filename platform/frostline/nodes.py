@@ -43,9 +43,11 @@ def _examine_cluster(address: str, storage: str | None) -> dict[str, Any]:
     with cluster(address) as connected:
         connected()
         import ray
+        from ray._private import worker
 
-        nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: _order(node))
-        url = ray._private.worker.global_worker.node.webui_url
+        nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=_order)
+        driver: Any = worker.global_worker.node
+        url = driver.webui_url
         pending = [_on(node, _look, _name(node), node["NodeManagerAddress"], storage) for node in nodes]
         machines: list[dict[str, Any]] = []
         for node, reference in zip(nodes, pending, strict=True):
@@ -94,9 +96,10 @@ def _answer(reference: Any) -> Any:
 
 def _look(node: str, address: str, storage: str | None) -> dict[str, Any]:
     """`machine.look` on a node of Ray."""
-    import ray
+    from ray._private import worker
 
-    return machine.look(node, address, ray._private.worker._global_node.get_temp_dir_path(), storage)
+    here: Any = worker.global_worker.node
+    return machine.look(node, address, here.get_temp_dir_path(), storage)
 
 
 def _clock(node: dict[str, Any]) -> dict[str, float] | None:

@@ -35,6 +35,11 @@ ENTRYPOINT = ("python", "-m", "frostline.cli", "search", "job.toml", "--address"
 STOP_WAIT_S = 30  # from SIGTERM to SIGKILL when a job is stopped: time to commit rows
 POLL_S = 0.5
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+QUIET_LOGGERS = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 SHIPPED_DATA = ("digits", "fashion-mnist")
 
 
@@ -240,8 +245,8 @@ def connect(address: str) -> Any:
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray would take RAY_ADDRESS before what it is given
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("dashboard_sdk", "job.sdk"):
-        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
     with _asking(address):
         return JobSubmissionClient(address)
 
