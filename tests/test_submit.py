@@ -263,9 +263,11 @@ def test_a_job_that_is_not_there_and_a_cluster_that_is_not(head: Head, tmp_path:
 
 @pytest.mark.slow
 def test_a_stopped_job_goes_on_when_it_is_submitted_again(head: Head, tmp_path: Path) -> None:
+    """With more trials, so that the package and with it the folder of the weights are others."""
     write_job()
-    more = ["search.trials=40", "train.epochs=20", "--address", head.dashboard]
-    began = head.run(tmp_path, "submit", "job.toml", *more, "--no-wait")
+    save_file(ToyNet().state_dict(), "toy.safetensors")
+    same = ["train.epochs=20", "backbone.weights=toy.safetensors", "--address", head.dashboard]
+    began = head.run(tmp_path, "submit", "job.toml", "search.trials=40", *same, "--no-wait")
     assert began.returncode == 0, began.stdout
     (job_id,) = set(re.findall(r"small-\d{8}-\d{6}", began.stdout))
     while not Path("study", "trials").exists():
@@ -273,8 +275,8 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(head: Head, tmp_path: 
     stopped = head.run(tmp_path, "jobs", "stop", job_id, "--address", head.dashboard)
     assert stopped.stdout.strip() == f"{job_id}: STOPPED"
     kept = {row["trial_id"] for row in results.read_trials("study").to_pylist()}
-    again = head.run(tmp_path, "submit", "job.toml", *more)
+    again = head.run(tmp_path, "submit", "job.toml", "search.trials=44", *same)
     assert again.returncode == 0, again.stdout
     rows = [row["trial_id"] for row in results.read_trials("study").to_pylist()]
     assert kept <= set(rows)
-    assert len(rows) == len(set(rows)) == 40 + 1
+    assert len(rows) == len(set(rows)) == 44 + 1

@@ -60,7 +60,7 @@ def _show_end(details: Any) -> None:
     """A line on how a job stands and, where its process did not get to say why it failed, Ray's reason."""
     console = Console(highlight=False)
     console.print(Text(f"{details.submission_id}: {details.status}"), soft_wrap=True)
-    if details.status != "SUCCEEDED" and details.driver_exit_code is None and details.message:
+    if details.status == "FAILED" and details.driver_exit_code is None and details.message:
         console.print(Text(details.message), soft_wrap=True)
 
 
