@@ -20,7 +20,7 @@ from frostline.store import Store, key_of
 from frostline.testing import TOY_BACKBONE, image_folder
 
 COMMANDS = (
-    *("search", "plan", "probe", "submit", "jobs", "doctor"),
+    *("search", "plan", "probe", "submit", "jobs", "doctor", "cluster"),
     *("results", "compare", "report", "track", "features", "schema", "init"),
 )
 SMALL = ["search.trials=2", "train.epochs=2", "confirm.seeds=1", "data.image_size=16", "data.per_class=10"]

@@ -45,6 +45,7 @@ def test_links_of_the_docs_lead_somewhere() -> None:
         ROOT / "CONTRIBUTING.md",
         *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "jobs").glob("*.md"),
+        *(ROOT / "cluster").rglob("*.md"),
     ]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

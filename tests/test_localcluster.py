@@ -1,0 +1,281 @@
+"""A real Ray cluster of several nodes on this host: searches on it, faults, and what is left of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from frostline import localcluster, network, results
+from frostline.cli import main
+from frostline.localcluster import Cluster, NodeError
+from frostline.testing import toy_job
+from test_network import LACKING, needs_namespaces
+from test_tune import committed, epoch_numbers, numbers
+
+NODES = ("node1", "node2", "node3")
+
+TASKS = """
+import json, socket, sys
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+def where():
+    return ray.util.get_node_ip_address(), socket.gethostname()
+
+ray.init(sys.argv[1], log_to_driver=False)
+nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+print(json.dumps(ray.get([ray.remote(where).options(scheduling_strategy=place).remote() for place in places])))
+"""
+
+SEARCH = """
+import sys
+from pathlib import Path
+import frostline
+from frostline.testing import toy_job
+
+frostline.search(toy_job(Path(sys.argv[2]), sys.argv[3:]), address=sys.argv[1])
+"""
+
+PLAIN = ("search.sampler=qmc", "search.pruner.kind=none", "features.cache=none")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Three nodes of one CPU; the head misses one that is gone within seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_health_check_period_ms", "500")
+        patch.setenv("RAY_health_check_timeout_ms", "1000")
+        patch.setenv("RAY_health_check_failure_threshold", "4")
+        made = localcluster.up(3, 1)
+        yield made
+        localcluster.down()
+
+
+def driver(cluster: Cluster, script: str, *arguments: str) -> subprocess.Popen:
+    """A process of the host's that connects to the cluster."""
+    return subprocess.Popen(
+        [sys.executable, "-c", script, cluster.address, *arguments],
+        env=os.environ | localcluster.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def answer(process: subprocess.Popen) -> str:
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output
+
+
+def landed(cluster: Cluster) -> list[list[str]]:
+    """Address and host name of where a task landed, a task a node."""
+    output = answer(driver(cluster, TASKS))
+    return json.loads(next(line for line in output.splitlines() if line.startswith("[[")))
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+def traces(cluster: Cluster) -> list[str]:
+    """What is there of a cluster: folders, links, namespaces, processes."""
+    folders = [Path(cluster.folder), localcluster.root()]
+    found = [str(folder) for folder in folders if folder.exists()]
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_text()
+            except OSError:
+                continue
+            found += [f"{entry.name}: {command}"] if cluster.folder in command or cluster.address in command else []
+    if cluster.bridge:
+        links = json.loads(subprocess.run(["ip", "-json", "link"], check=True, capture_output=True).stdout)
+        spaces = subprocess.run(["ip", "netns"], check=True, capture_output=True, text=True).stdout.split()
+        folders = [path.name for path in network.ETC.iterdir()] if network.ETC.exists() else []
+        names = [*(link["ifname"] for link in links), *spaces, *folders]
+        found += [name for name in names if name.startswith(cluster.bridge)]
+    return found
+
+
+def test_a_task_lands_on_every_address(cluster: Cluster) -> None:
+    found = landed(cluster)
+    members = cluster.nodes[1:]
+    assert [node.name for node in members] == list(NODES)
+    assert sorted(address for address, _ in found) == sorted(node.address for node in members)
+    if not LACKING:
+        assert {host: address for address, host in found} == {node.name: node.address for node in members}
+        assert len({node.address for node in cluster.nodes}) == 4
+
+
+def test_a_search_uses_several_nodes_and_gives_the_rows_of_an_inline_run(cluster: Cluster, tmp_path: Path) -> None:
+    options = (*PLAIN, "search.trials=9", "train.epochs=5")
+    searching = driver(cluster, SEARCH, str(tmp_path / "cluster" / "study"), *options)
+    inline = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            SEARCH.replace("address=sys.argv[1]", "inline=True"),
+            "",
+            str(tmp_path / "study"),
+            *options,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert inline.returncode == 0, inline.stderr
+    answer(searching)
+    study = tmp_path / "cluster" / "study"
+    assert len(numbers(study)) == 9 + 2
+    assert numbers(study) == numbers(tmp_path / "study")
+    assert epoch_numbers(study) == epoch_numbers(tmp_path / "study")
+    nodes = {row["node"] for row in results.read_trials(study).to_pylist()}
+    if not LACKING:
+        assert nodes <= set(NODES)
+        assert len(nodes) > 1
+
+
+@needs_namespaces
+def test_a_search_goes_on_without_a_node_that_was_killed(cluster: Cluster, tmp_path: Path) -> None:
+    job = toy_job(tmp_path / "study", [*PLAIN, "search.trials=12", "train.epochs=40"])
+    searching = driver(cluster, SEARCH, str(job.folder), *PLAIN, "search.trials=12", "train.epochs=40")
+    wait_until(lambda: committed(job.folder) or searching.poll() is not None, 120)
+    assert searching.poll() is None, searching.communicate()
+    used = {row["node"] for row in results.read_trials(job.folder).to_pylist()}
+    lost = max(used)
+    localcluster.kill(lost)
+    assert localcluster.states(cluster)[lost] == "dead"
+    answer(searching)
+    rows = results.read_trials(job.folder).to_pylist()
+    assert len(rows) == len({row["trial_id"] for row in rows}) == 12 + 2
+    failed = [row for row in rows if row["status"] != "complete"]
+    assert [row["error_kind"] for row in failed] in ([], ["worker_lost"]), "at most the trial that was training there"
+    assert {row["node"] for row in rows} - {lost, None}, "others have done the rest"
+
+
+@pytest.mark.slow
+@needs_namespaces
+def test_nodes_that_were_killed_or_cut_off_come_back(cluster: Cluster) -> None:
+    localcluster.kill("node1")
+    localcluster.heal("node1")
+    localcluster.cut("node3")
+    assert localcluster.states(cluster)["node3"] == "cut"
+    wait_until(lambda: not localcluster._registered(cluster)["node3"])
+    localcluster.heal("node3")
+    assert set(localcluster.states(localcluster._there()).values()) == {"alive"}
+
+
+def test_the_commands_say_what_there_is_and_the_token_stays_secret(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cluster", "up"]) == 2
+    assert f"a cluster is up: 3 nodes, its head at {cluster.address}" in capsys.readouterr().err
+    assert main(["cluster", "status"]) == 0
+    shown = capsys.readouterr().out
+    for node in cluster.nodes:
+        assert node.name in shown
+        assert node.address in shown
+    assert main(["cluster", "kill", "node9"]) == 2
+    assert "'node9' is no node; there are head, node1, node2, node3" in capsys.readouterr().err
+    token = localcluster.token_path()
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert localcluster.root().stat().st_mode & 0o777 == 0o700
+    for path in [localcluster.root() / "state.json", *Path(cluster.folder).glob("*.log")]:
+        assert token.read_text() not in path.read_text()
+
+
+def test_down_leaves_nothing(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    assert traces(cluster)
+    assert main(["cluster", "down"]) == 0
+    assert traces(cluster) == []
+    assert main(["cluster", "down"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["took down 4 nodes, the head's included", "no cluster is up"]
+    assert main(["cluster", "status"]) == 0
+    assert main(["cluster", "heal", "node1"]) == 2
+    assert "`frostline cluster up` starts one" in capsys.readouterr().err
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path))
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_node_that_does_not_start_leaves_nothing_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_START_HOOK", "missing_module.hook")
+    before = set(Path(tempfile.gettempdir()).glob("frostline-*"))
+    with pytest.raises(NodeError, match=r"(?s)head .* did not start; it said:.*missing_module"):
+        localcluster.up(2, 1)
+    assert localcluster.current() is None
+    assert not localcluster.root().exists()
+    assert set(Path(tempfile.gettempdir()).glob("frostline-*")) == before
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_down_cleans_up_after_an_up_that_was_killed() -> None:
+    starting = subprocess.Popen([sys.executable, "-m", "frostline.cli", "cluster", "up", "--nodes", "2", "--cpus", "1"])
+
+    def begun() -> bool:
+        there = localcluster.current()
+        return there is not None and there.nodes[0].pid > 0
+
+    wait_until(begun)
+    starting.send_signal(signal.SIGKILL)
+    starting.wait()
+    half = localcluster._there()
+    assert traces(half)
+    localcluster.down()
+    assert traces(half) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_cache")
+def test_without_namespaces_nodes_are_raylets_on_loopback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(network, "missing", lambda: "network namespaces need root")
+    try:
+        assert main(["cluster", "up", "--nodes", "2", "--cpus", "1"]) == 0
+        shown = capsys.readouterr().out
+        assert "the nodes share this host's address: network namespaces need root" in shown
+        assert "RAY_AUTH_TOKEN_PATH=" in shown
+        assert localcluster.token_path().read_text() not in shown
+        there = localcluster._there()
+        assert f"frostline search JOB --address {there.address}" in shown
+        assert len(landed(there)) == 2
+        assert main(["cluster", "cut", "node2"]) == 2
+        assert "node2 has no link of its own: network namespaces need root" in capsys.readouterr().err
+        assert main(["cluster", "kill", "node2"]) == 0
+        assert main(["cluster", "status", "--json"]) == 0
+        assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["alive", "alive", "dead"]
+    finally:
+        localcluster.down()
+    assert traces(there) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--nodes", "0"], "give 1 to 200"),
+        (["--nodes", "2", "--cpus", "0"], "give 1 or more"),
+        (["--subnet", "8.8.8.0/24"], "--subnet 8.8.8.0/24"),
+    ],
+)
+@pytest.mark.usefixtures("own_cache")
+def test_what_cannot_be_made_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cluster", "up", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert not localcluster.root().exists()
