@@ -121,33 +121,33 @@ def transfer_grid(comparison: Comparison) -> Grid | None:
     told = [(task.n_train or 0, task, task.transfer) for task in comparison.tasks if task.transfer]
     if not told:
         return None
-    rows = []
-    for n_train, task, gain in sorted(told, key=lambda each: each[0]):
-        head = gain.closed_form
-        rows.append(
-            {
-                "task": task.name,
-                "train": f"{n_train:,}",
-                "arm": gain.arm,
-                comparison.metric: "" if gain.score is None else f"{gain.score:.3f}",
-                "scratch": "" if gain.scratch_score is None else f"{gain.scratch_score:.3f}",
-                "gain, 95 % interval": _interval(gain.gain, "+"),
-                "epochs": _epochs(gain),
-                "closed form": "" if head is None else f"{head['val_score']:.3f} at {head['cut']} of {head['stages']}",
-            }
-        )
+    names = {(gain.arm, gain.scratch) for _, _, gain in told}
+    rows = [
+        {
+            "task": task.name,
+            "train": f"{n_train:,}",
+            **({} if len(names) == 1 else {"arm": gain.arm}),
+            comparison.metric: "" if gain.score is None else f"{gain.score:.3f}",
+            "scratch": "" if gain.scratch_score is None else f"{gain.scratch_score:.3f}",
+            "gain, 95 % interval": _interval(gain.gain, "+"),
+            "epochs": _epochs(gain),
+            "closed form": "" if gain.closed_form is None else f"{gain.closed_form['val_score']:.3f}",
+        }
+        for n_train, task, gain in sorted(told, key=lambda each: each[0])
+    ]
     below = [
         "epochs: in which the arm first had the val score with which training from random weights ended, of the epochs that "
-        "this took; closed form: the best head in closed form on pretrained features, on val, and after which stage: how near "
-        "the source is"
+        "this took",
+        "closed form: the best head in closed form on pretrained features, on val: how near the source is",
     ]
-    return Grid("What pretrained weights gained", rows, below)
+    ((arm, scratch), *others) = sorted(names)
+    return Grid("What pretrained weights gained" + ("" if others else f": {arm} against {scratch}"), rows, below)
 
 
 def _epochs(gain: Gain) -> str:
     if gain.epochs is None:
         return f"never of {gain.scratch_epochs}" if gain.scratch_epochs else ""
-    few = "" if gain.reached == gain.gain.n else f", {gain.reached} seeds"
+    few = "" if gain.reached == gain.gain.n else f" ({gain.reached}/{gain.gain.n})"
     return f"{gain.epochs:.1f} of {gain.scratch_epochs}{few}"
 
 
