@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from _freezing import STRATEGIES, freezing
-from frostline.adapters import adapt
+from _freezing import EPOCHS, STRATEGIES, batches, freezing, network_of
 from frostline.backbone import Backbone, load_backbone
 from frostline.checkpoint import CheckpointError, Keep, load_training, save_training
 from frostline.features import Feed
-from frostline.freeze import Network, apply_plan, compile_plan
-from frostline.head import build_head
 from frostline.outcome import EpochRecord, Outcome
 from frostline.prepare import prepare
-from frostline.spec import BackboneSpec, Freeze, Head, Train, TrialSpec, configure, confirm_seeds, trial_of
+from frostline.spec import BackboneSpec, Freeze, Train, TrialSpec, configure, confirm_seeds, trial_of
 from frostline.testing import TOY_BACKBONE, toy_job
-from frostline.train import Batches, Seeding, Training
+from frostline.train import Seeding, Training
 from frostline.trial import run_trial
 from frostline.world import World
 
-EPOCHS, CLASSES, SAMPLES = 4, 3, 10
+SAMPLES = 10
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {"clip_norm": 1.0},
     "sgd": {"optimizer": "sgd", "momentum": 0.9},
@@ -48,17 +42,11 @@ def vit() -> Backbone:
 
 
 def training_of(backbone: Backbone, freeze: Freeze, **config: Any) -> Training:
-    network = Network(copy.deepcopy(backbone.module), build_head(Head(dropout=0.3), backbone.feature_dim, CLASSES, 0))
-    plan = compile_plan(freeze, backbone.stages, epochs=EPOCHS)
-    adapt(network.backbone, freeze, backbone.stages[plan.cut :], seed=0)
-    size = backbone.image_size
-    images = torch.randn(SAMPLES, 3, size, size, generator=torch.Generator().manual_seed(1))
-    data = Batches(
-        lambda wanted, _: images[torch.from_numpy(wanted)], np.arange(SAMPLES), torch.arange(SAMPLES) % CLASSES
-    )
+    network, phases = network_of(backbone, freeze, dropout=0.3)
+    data = batches(backbone.image_size, SAMPLES)
     return Training(
         network,
-        apply_plan(plan, network, backbone),
+        phases,
         Train(epochs=EPOCHS, batch_size=4, lr=1e-3, **config),
         train=data,
         val=data,
@@ -155,8 +143,9 @@ class Interruption(Exception):  # noqa: N818 (it is no error)
     pass
 
 
-def trial(root: Path) -> TrialSpec:
-    job = prepare(toy_job(root / "study", ["train.epochs=4", "head.dropout=0.2"])).job
+@pytest.fixture
+def spec(tmp_path: Path) -> TrialSpec:
+    job = prepare(toy_job(tmp_path / "study", ["train.epochs=4", "head.dropout=0.2"])).job
     config = configure(job, job.arms["freeze"].model_copy(update={"strategy": "gradual"}), {"train.lr": 1e-3})
     _, seeds = confirm_seeds(job, 0)
     return trial_of(
@@ -184,11 +173,6 @@ def kept_in(path: Path) -> Keep:
         path.write_bytes(data)
 
     return Keep(load, save)
-
-
-@pytest.fixture
-def spec(tmp_path: Path) -> Iterator[TrialSpec]:
-    return trial(tmp_path)
 
 
 def test_a_trial_goes_on_and_leaves_the_same_bundle(tmp_path: Path, spec: TrialSpec) -> None:

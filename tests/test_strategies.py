@@ -18,9 +18,8 @@ from rich.console import Console
 from torch import Tensor
 
 import frostline
-from _freezing import NEEDED, STRATEGIES, freezing
+from _freezing import EPOCHS, NEEDED, STRATEGIES, batches, freezing, network_of
 from frostline import results
-from frostline.adapters import adapt
 from frostline.backbone import Backbone, load_backbone
 from frostline.bundle import load_bundle
 from frostline.commit import publish_folder
@@ -36,7 +35,6 @@ from frostline.freeze import (
     stage_rates,
     whole,
 )
-from frostline.head import build_head
 from frostline.outcome import EpochRecord
 from frostline.spec import (
     BackboneSpec,
@@ -58,7 +56,7 @@ from frostline.trial import origin_of, run_trial
 from frostline.world import World
 
 FAMILIES = {TOY_BACKBONE: 16, "timm/resnet10t": 32, "timm/tf_efficientnet_lite0": 32, "timm/vit_tiny_patch16_224": 32}
-CLASSES, SAMPLES, EPOCHS = 3, 8, 4
+SAMPLES = 8
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -72,26 +70,9 @@ def skip_where_nothing_can_be_adapted(backbone: Backbone, strategy: str) -> None
         pytest.skip("it has no linear layer and no 1x1 convolution")
 
 
-def network_of(backbone: Backbone, freeze: Freeze, epochs: int = EPOCHS) -> tuple[Network, list[Applied]]:
-    """A network under this strategy."""
-    network = Network(
-        copy.deepcopy(backbone.module), build_head(Head(dropout=0.1), backbone.feature_dim, CLASSES, seed=0)
-    )
-    plan = compile_plan(freeze, backbone.stages, epochs=epochs)
-    adapt(network.backbone, freeze, backbone.stages[plan.cut :], seed=0)
-    return network, apply_plan(plan, network, backbone)
-
-
-def batches(size: int) -> Batches:
-    images = torch.randn(SAMPLES, 3, size, size, generator=torch.Generator().manual_seed(1))
-    return Batches(
-        lambda wanted, _: images[torch.from_numpy(wanted)], np.arange(SAMPLES), torch.arange(SAMPLES) % CLASSES
-    )
-
-
 def train(network: Network, phases: list[Applied], size: int, **settings: Any) -> list[EpochRecord]:
     config = Train(**{"epochs": EPOCHS, "batch_size": 4, "lr": 1e-3, "weight_decay": 0.1, **settings})
-    data = batches(size)
+    data = batches(size, SAMPLES)
     return list(
         train_epochs(network, phases, config, train=data, val=data, metric="nll", seeding=Seeding(0, 0), autocast=None)
     )
@@ -191,7 +172,7 @@ def test_phase_two_of_lp_ft_starts_where_the_probe_ended(toy: Backbone) -> None:
     again, phases = network_of(toy, freezing("lp_ft", probe_share=1.0), 2)
     train(again, phases, 16, epochs=2)
     assert not moved(tensors(probe), again)
-    data = batches(16)
+    data = batches(16, SAMPLES)
     logits = predict(probe, data)
     assert records[1].val["nll"] == pytest.approx(
         float(torch.nn.functional.cross_entropy(torch.from_numpy(logits), data.labels)), abs=1e-6
@@ -361,7 +342,7 @@ def test_norm_only_and_bias_only_train_the_published_numbers() -> None:
 def test_adapters_start_at_the_base_and_merge_into_it(family: Backbone, strategy: str) -> None:
     skip_where_nothing_can_be_adapted(family, strategy)
     network, phases = network_of(family, freezing(strategy, rank=4))
-    images = batches(FAMILIES[family.name]).fetch(np.arange(SAMPLES), 1)
+    images = batches(FAMILIES[family.name], SAMPLES).fetch(np.arange(SAMPLES), 1)
     with torch.no_grad():
         expected = family.module.eval()(images)
         found = network.eval().backbone(images)
@@ -448,7 +429,7 @@ def test_wise_lies_between_the_start_and_the_end(toy: Backbone) -> None:
     for name, value in ends[0.5][0].named_parameters():
         between = torch.lerp(probe.get_parameter(name), plain.get_parameter(name), 0.5)
         torch.testing.assert_close(value, between)
-    data = batches(16)
+    data = batches(16, SAMPLES)
     logits = torch.from_numpy(predict(ends[0.5][0], data))
     assert records[0.5][-1].val["nll"] == pytest.approx(
         float(torch.nn.functional.cross_entropy(logits, data.labels)), abs=1e-6

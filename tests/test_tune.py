@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import psutil
 import pytest
 
 import frostline
+from _head import ray_head
 from frostline import results
 from frostline.api import SearchFailedError
 from frostline.prepare import prepare
@@ -321,26 +321,12 @@ def test_an_interrupted_search_says_so_and_goes_on_later(tmp_path: Path, number:
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A Ray head of our own on loopback, with a token, killed by process tree afterwards; its address."""
-    token = tmp_path / "token"
-    token.write_text("f" * 64)
-    token.chmod(0o600)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    address = f"127.0.0.1:{20000 + os.getpid() % 10000}"
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
-    command += ["--node-ip-address=127.0.0.1", f"--port={address.split(':')[1]}", "--include-dashboard=false"]
-    command += [f"--temp-dir=/tmp/frostline-{os.getpid()}"]
-    head = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while "runtime started" not in (line := head.stdout.readline()):
-        assert line, "the head has died"
-    yield address
-    tree = psutil.Process(head.pid).children(recursive=True)
-    for process in [*tree, psutil.Process(head.pid)]:
-        process.kill()
-    psutil.wait_procs(tree, timeout=30)
-    head.communicate()
-    shutil.rmtree(f"/tmp/frostline-{os.getpid()}", ignore_errors=True)
+    """The address of a Ray head of our own, for whose token this process is set up."""
+    (tmp_path / "head").mkdir()
+    with ray_head(tmp_path / "head") as head:
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+            monkeypatch.setenv(name, head.env[name])
+        yield head.address
 
 
 @pytest.mark.slow

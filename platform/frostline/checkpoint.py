@@ -6,7 +6,6 @@ backbone has that. Python objects are not in it either: reading a checkpoint run
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from frostline.freeze import whole
 from frostline.head import SeededDropout
 from frostline.outcome import EpochRecord
 from frostline.train import Training
+from frostline.weights import hash_tensors
 
 FORMAT = 1
 
@@ -68,7 +68,7 @@ def save_training(training: Training, of: str) -> bytes:
     }
     tensors["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    tensors["sha256"] = torch.frombuffer(bytearray(_sha256(tensors)), dtype=torch.uint8)
+    tensors["sha256"] = torch.frombuffer(bytearray(hash_tensors(tensors.items()).encode()), dtype=torch.uint8)
     return safetensors.torch.save(tensors)
 
 
@@ -76,7 +76,7 @@ def load_training(training: Training, checkpoint: bytes, of: str) -> None:
     """Let a training that has not begun go on where that of the checkpoint was. Raises CheckpointError."""
     try:
         tensors = safetensors.torch.load(checkpoint)
-        if tensors.pop("sha256").numpy().tobytes() != _sha256(tensors):
+        if tensors.pop("sha256").numpy().tobytes() != hash_tensors(tensors.items()).encode():
             raise CheckpointError("the checkpoint is damaged: its checksum does not fit")
         about = json.loads(tensors.pop("about").numpy().tobytes())
     except (SafetensorError, KeyError) as error:
@@ -126,15 +126,6 @@ def _like(parameter: Tensor, tensor: Tensor) -> Tensor:
     if tensor.shape == parameter.shape:
         return torch.empty_like(parameter).copy_(tensor)
     return tensor.to(parameter.device)
-
-
-def _sha256(tensors: Mapping[str, Tensor]) -> bytes:
-    """Over names, dtypes, shapes and bytes."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return sha.digest()
 
 
 def _dropouts(training: Training) -> list[tuple[str, SeededDropout]]:

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import math
-import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,6 @@ from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from rich.console import Console
@@ -30,15 +28,7 @@ from frostline.reference import starter_job
 from frostline.spec import Job
 from frostline.store import Entry, Store
 
-if TYPE_CHECKING:
-    from frostline.localcluster import Cluster
-
 TRACKERS = ("optuna", "tensorboard", "mlflow", "wandb")
-FAULTS = {
-    "kill": "kill all processes of a node, as a power cut would",
-    "cut": "pull a node's link: it runs on and reaches nobody",
-    "heal": "plug a node's link in again, and start it anew where it is dead or given up",
-}
 OVERRIDE_HELP = "dotted job keys laid over the file, for example train.lr=1e-3 or data.path=photos/"
 
 
@@ -109,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     probed.add_argument("--json", action="store_true", help="all scores as JSON")
 
-    _add_cluster_commands(commands)
+    _add_submission(commands)
 
     shown = _command(commands, "results", _results, "show a study's leaderboard, or query its tables")
     shown.add_argument("study", help="the study's folder, for example results/quickstart")
@@ -170,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_cluster_commands(commands) -> None:
+def _add_submission(commands) -> None:
     """`submit`, `jobs` and `doctor`."""
     submitted = _command(
         commands, "submit", cluster_commands.submit, "run a search on a cluster elsewhere, through Ray's Jobs API"
@@ -243,19 +233,26 @@ def _add_cluster(commands) -> None:
     parser = commands.add_parser("cluster", help=what, description=what[:1].upper() + what[1:] + ".")
     whats = parser.add_subparsers(required=True, metavar="WHAT")
     started = _command(
-        whats, "up", _cluster_up, "start one; as root on Linux each node has an address of its own, elsewhere a port"
+        whats,
+        "up",
+        cluster_commands.cluster_up,
+        "start one; as root on Linux each node has an address of its own, elsewhere a port",
     )
     started.add_argument("--nodes", type=int, default=3, metavar="N", help="nodes beside the head (default: 3)")
     started.add_argument("--cpus", type=int, metavar="N", help="CPUs a node (default: this host's, divided)")
     started.add_argument(
         "--subnet", metavar="A.B.C.0/24", help="where the addresses are (default: the first free of 10.87.0.0/24, …)"
     )
-    shown = _command(whats, "status", _cluster_status, "show its nodes: address, CPUs, alive, dead, cut off or lost")
+    shown = _command(
+        whats, "status", cluster_commands.cluster_status, "show its nodes: address, CPUs, alive, dead, cut off or lost"
+    )
     shown.add_argument("--json", action="store_true", help="the same as JSON")
-    _command(whats, "down", _cluster_down, "take it down, whole or half-made; nothing of it is left")
-    for name, summary in FAULTS.items():
-        _command(whats, name, _cluster_fault, summary).add_argument("node", help="its name, as `status` shows it")
-        whats.choices[name].set_defaults(fault=name)
+    _command(whats, "down", cluster_commands.cluster_down, "take it down, whole or half-made; nothing of it is left")
+    for name, (fault, summary) in cluster_commands.FAULTS.items():
+        _command(whats, name, cluster_commands.cluster_fault, summary).add_argument(
+            "node", help="its name, as `status` shows it"
+        )
+        whats.choices[name].set_defaults(fault=fault)
 
 
 def _search(arguments: argparse.Namespace) -> int:
@@ -358,57 +355,6 @@ def _clean_features(arguments: argparse.Namespace) -> int:
         recent = f" or used within {arguments.unused_days:g} days" * (arguments.unused_days > 0)
         console.print(f"kept {_counted(kept)}, in use{recent}", soft_wrap=True)
     return 0
-
-
-def _cluster_up(arguments: argparse.Namespace) -> int:
-    from frostline import localcluster
-
-    made, console = localcluster.up(arguments.nodes, arguments.cpus, arguments.subnet), _stdout()
-    if made.lacking:
-        console.print(Text(f"the nodes share this host's address: {made.lacking}"), soft_wrap=True)
-    _show_cluster(made)
-    exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in localcluster.environment().items())
-    for line in (f"export {exports}", f"frostline search JOB --address {made.address}"):
-        console.print(Text(f"    {line}"), soft_wrap=True)
-    return 0
-
-
-def _cluster_status(arguments: argparse.Namespace) -> int:
-    from frostline import localcluster
-
-    if (there := localcluster.current()) is None:
-        print("null" if arguments.json else "no cluster is up; `frostline cluster up` starts one")
-    elif arguments.json:
-        print(json.dumps(_cluster_rows(there), indent=2))
-    else:
-        _show_cluster(there)
-    return 0
-
-
-def _cluster_down(_: argparse.Namespace) -> int:
-    from frostline import localcluster
-
-    gone = localcluster.down()
-    print(f"took down {len(gone.nodes)} nodes, the head's included" if gone else "no cluster is up")
-    return 0
-
-
-def _cluster_fault(arguments: argparse.Namespace) -> int:
-    from frostline import localcluster
-
-    {"kill": localcluster.kill, "cut": localcluster.cut, "heal": localcluster.heal}[arguments.fault](arguments.node)
-    return 0
-
-
-def _cluster_rows(there: Cluster) -> list[dict[str, str | int]]:
-    from frostline.localcluster import states
-
-    found = states(there)
-    return [{"node": n.name, "address": n.address, "cpus": n.cpus, "state": found[n.name]} for n in there.nodes]
-
-
-def _show_cluster(there: Cluster) -> None:
-    results.render_table(pa.Table.from_pylist(_cluster_rows(there)), _stdout())
 
 
 def _store(root: str) -> tuple[Store, str]:

@@ -1,9 +1,10 @@
-"""The commands `submit`, `jobs` and `doctor`: from parsed arguments to what is printed, and an exit status."""
+"""The commands `submit`, `jobs`, `doctor` and `cluster`: from parsed arguments to what is printed, and an exit status."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -17,12 +18,18 @@ import pyarrow as pa
 from rich.console import Console
 from rich.text import Text
 
-from frostline import results
+from frostline import localcluster, results
 from frostline import submit as jobs_api
 from frostline.doctor import Finding, findings
 from frostline.jobfile import load_job
 from frostline.nodes import examine
 from frostline.text import duration, plain
+
+FAULTS = {
+    "kill": (localcluster.kill, "kill all processes of a node, as a power cut would"),
+    "cut": (localcluster.cut, "pull a node's link: it runs on and reaches nobody"),
+    "heal": (localcluster.heal, "plug a node's link in again, and start it anew where it is dead or given up"),
+}
 
 
 def submit(arguments: argparse.Namespace) -> int:
@@ -118,3 +125,44 @@ def show_findings(found: Sequence[Finding], console: Console) -> None:
                     console.print(plain(f"        {'to do':14}  {each.remedy}"), soft_wrap=True)
     counts = [sum(each.state == state for each in found) for state in ("ok", "warn", "fail")]
     console.print("{} ok, {} to look at, {} failed".format(*counts))
+
+
+def cluster_up(arguments: argparse.Namespace) -> int:
+    made, console = localcluster.up(arguments.nodes, arguments.cpus, arguments.subnet), Console(highlight=False)
+    if made.lacking:
+        console.print(Text(f"the nodes share this host's address: {made.lacking}"), soft_wrap=True)
+    _show_cluster(made)
+    exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in localcluster.environment().items())
+    for line in (f"export {exports}", f"frostline search JOB --address {made.address}"):
+        console.print(Text(f"    {line}"), soft_wrap=True)
+    return 0
+
+
+def cluster_status(arguments: argparse.Namespace) -> int:
+    if (there := localcluster.current()) is None:
+        print("null" if arguments.json else "no cluster is up; `frostline cluster up` starts one")
+    elif arguments.json:
+        print(json.dumps(_cluster_rows(there), indent=2))
+    else:
+        _show_cluster(there)
+    return 0
+
+
+def cluster_down(_: argparse.Namespace) -> int:
+    gone = localcluster.down()
+    print(f"took down {len(gone.nodes)} nodes, the head's included" if gone else "no cluster is up")
+    return 0
+
+
+def cluster_fault(arguments: argparse.Namespace) -> int:
+    arguments.fault(arguments.node)
+    return 0
+
+
+def _cluster_rows(there: localcluster.Cluster) -> list[dict[str, str | int]]:
+    found = localcluster.states(there)
+    return [{"node": n.name, "address": n.address, "cpus": n.cpus, "state": found[n.name]} for n in there.nodes]
+
+
+def _show_cluster(there: localcluster.Cluster) -> None:
+    results.render_table(pa.Table.from_pylist(_cluster_rows(there)), Console(highlight=False))

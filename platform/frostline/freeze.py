@@ -9,7 +9,6 @@ matches is an error.
 from __future__ import annotations
 
 import glob
-import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -23,6 +22,7 @@ from frostline.backbone import Backbone, Stage
 from frostline.depths import depth_of
 from frostline.spec import Freeze
 from frostline.strategies import ALL, Phase, phases_of
+from frostline.weights import hash_tensors
 
 HEAD = "head"
 
@@ -235,13 +235,9 @@ def train_mode(network: nn.Module, applied: Applied) -> None:
 
 
 def fixed_hash(network: Network, applied: Applied) -> str:
-    """16 hex digits of the SHA-256 over every tensor that training must leave alone: name and bytes (P1)."""
+    """16 hex digits of `hash_tensors` over every tensor that training must leave alone (P1)."""
     state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    sha = hashlib.sha256()
-    for name in sorted(applied.fixed):
-        sha.update(name.encode())
-        sha.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha.hexdigest()[:16]
+    return hash_tensors((name, state[name]) for name in applied.fixed)[:16]
 
 
 def check_masks(network: Network, applied: Applied, optimizer: torch.optim.Optimizer) -> None:

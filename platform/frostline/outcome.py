@@ -40,7 +40,6 @@ class Outcome:
 def lost(spec: TrialSpec, records: Sequence[EpochRecord], reason: str) -> Outcome:
     """The outcome of a trial whose process is gone: what it had reported, and that it was lost."""
     row = asked(spec) | summarise(spec, records, "failed")
-    row |= dict.fromkeys(("device", "hardware", "node", "started_at"))
     seconds = sum(record.seconds for record in records)
     row |= {"error_kind": "worker_lost", "reason": reason, "seconds": seconds, "spent_s": seconds}
     return Outcome(row | {"finished_at": datetime.now(UTC)})

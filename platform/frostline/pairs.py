@@ -85,7 +85,8 @@ def _measured(
     if len(both) and sign * differences.mean() < 0:
         a, b, differences = b, a, -differences
     ranked = [[None if (score := scores[label][seed]) is None else sign * score for seed in shared] for label in (a, b)]
-    said = {seed: (answers[a][seed], answers[b][seed]) for seed in shared if _both_said(seed, answers, a, b)}
+    ours, theirs = answers.get(a, {}), answers.get(b, {})
+    said = {seed: (ours[seed], theirs[seed]) for seed in shared if seed in ours and seed in theirs}
     tests = [_mcnemar(seed, *both) for seed, both in said.items()]
     gaps = [x.correct.astype(float) - y.correct for x, y in said.values()]
     return Pair(
@@ -103,10 +104,6 @@ def _measured(
         verdict="not compared",
         reason=None,
     )
-
-
-def _both_said(seed: int, answers: Mapping[str, Mapping[int, Answers]], a: str, b: str) -> bool:
-    return seed in answers.get(a, {}) and seed in answers.get(b, {})
 
 
 def _mcnemar(seed: int, a: Answers, b: Answers) -> dict[str, Any]:

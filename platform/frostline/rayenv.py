@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -22,3 +23,12 @@ def token_place() -> str | None:
         if os.environ.get(name):
             return name
     return "~/.ray/auth_token" if (Path.home() / ".ray" / "auth_token").exists() else None
+
+
+def settings() -> dict[str, str]:
+    """What the environment is to have before Ray is imported, which reads it then: no telemetry, and a token where there is one;
+    what the user has set stays. A Ray that has been imported finds a token by itself, and would learn of the mode by half."""
+    found = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if token_place() and "ray" not in sys.modules:
+        found["RAY_AUTH_MODE"] = "token"
+    return {name: os.environ.get(name, value) for name, value in found.items()}

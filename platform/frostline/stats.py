@@ -125,8 +125,7 @@ def samples_interval(differences: np.ndarray, replicates: int = REPLICATES) -> I
         return Interval(n, mean, None, None)
     values, counts = np.unique(differences, return_counts=True)
     drawn = np.random.default_rng(0).multinomial(n, counts / n, replicates)
-    low, high = np.quantile(drawn @ values / n, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(n, mean, float(low), float(high))
+    return Interval(n, mean, *_percentiles(drawn @ values / n))
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
@@ -207,7 +206,12 @@ def iqm_interval(scores: np.ndarray, replicates: int = REPLICATES) -> tuple[floa
     tasks, seeds = scores.shape
     drawn = np.random.default_rng(0).integers(seeds, size=(replicates, tasks, seeds))
     found = stats.trim_mean(scores[np.arange(tasks)[:, None], drawn].reshape(replicates, -1), 0.25, axis=1)
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return _percentiles(found)
+
+
+def _percentiles(replicates: np.ndarray) -> tuple[float, float]:
+    """Between which `LEVEL` of the replicates of a bootstrap lie."""
+    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from frostline.extras import extra
 from frostline.jobfile import as_toml
-from frostline.rayenv import TOKEN_HINT, ClusterError, token_place
+from frostline.rayenv import TOKEN_HINT, ClusterError, settings
 from frostline.spec import Job
 from frostline.versions import VERSION
 
@@ -239,9 +239,7 @@ def connect(address: str) -> Any:
     """
     check_address(address)
     extra("cluster", "aiohttp")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry; read when ray is imported
-    if token_place():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.update(settings())
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray would take RAY_ADDRESS before what it is given
     from ray.job_submission import JobSubmissionClient
 

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -23,11 +22,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from frostline.rayenv import TOKEN_HINT, ClusterError, token_place
+from frostline.rayenv import TOKEN_HINT, ClusterError, settings
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry; read when ray is imported
-if token_place() and "ray" not in sys.modules:  # which has read it, and finds a token by itself in `ray.init`
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.update(settings())
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")

@@ -9,7 +9,8 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from operator import itemgetter
 from pathlib import Path
 
 import safetensors
@@ -85,12 +86,17 @@ def load_weights(
 
 
 def hash_weights(module: nn.Module) -> str:
-    """16 hex digits of the SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers."""
+    """16 hex digits of `hash_tensors` over all parameters and buffers."""
+    return hash_tensors(named_tensors(module))[:16]
+
+
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The SHA-256, in hex digits, over names, dtypes, shapes and bytes of named tensors, in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(named_tensors(module)):
+    for name, tensor in sorted(tensors, key=itemgetter(0)):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 def lite0_weights(module: nn.Module) -> dict[str, Tensor]:
