@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from frostline.train import build_optimizer
 from frostline.trial import head_of, origin_of
 from frostline.world import World
 
-BLOCK_S, BLOCKS = 0.1, 5
+BLOCK_S, BLOCKS = 0.2, 5
 
 
 def search_trial(job: Job, arm: str, number: int, values: Mapping[str, Any], *, cached: bool) -> TrialSpec:
@@ -39,7 +40,7 @@ def search_trial(job: Job, arm: str, number: int, values: Mapping[str, Any], *, 
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds per image of what a trial does, each the best of several blocks."""
+    """Seconds per image of what a trial does, each the median of several blocks."""
 
     frozen_s: float
     """A pass through the frozen stages."""
@@ -78,15 +79,16 @@ def parts_of(spec: TrialSpec) -> Parts:
         network(activations)
 
     with torch.inference_mode():
-        frozen_s = _best(frozen) / len(activations)
+        frozen_s = _typical(frozen) / len(activations)
     train_mode(network, applied)
-    step_s = _best(step) / len(inputs)
+    step_s = _typical(step) / len(inputs)
     network.eval()
-    return Parts(frozen_s, step_s, _best(rest) / len(activations))
+    return Parts(frozen_s, step_s, _typical(rest) / len(activations))
 
 
-def _best(call: Callable[[], object]) -> float:
-    """Seconds of a call: the best mean of several blocks of calls, after a first one."""
+def _typical(call: Callable[[], object]) -> float:
+    """Seconds of a call: the median of the means of several blocks of calls, after a first one. The fastest block would be a
+    stretch of luck on a machine with other guests, which no run of minutes has."""
     call()
     blocks = []
     for _ in range(BLOCKS):
@@ -95,4 +97,4 @@ def _best(call: Callable[[], object]) -> float:
             call()
             calls += 1
         blocks.append((time.perf_counter() - started) / calls)
-    return min(blocks)
+    return statistics.median(blocks)

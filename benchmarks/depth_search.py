@@ -3,8 +3,8 @@
 24 fixed trials of timm/resnet18 (random weights) on 400 digits at 64 px, scored on 100: 4 late cuts x 2 batch sizes x 3
 learning rates of the head, 3 epochs each, none stopped, features.cache = "all", one thread. The bound is one pass of each
 image through the frozen stages of the deepest cut, and for every trial epochs x (train images x a step of what it trains +
-val images x a pass through that), by stage times that a plain PyTorch loop takes on inputs in memory, before and after
-each search. The ratio is the bound over the wall time of the whole search in this process: extraction, audits, rows and
+val images x a pass through that), by stage times that a plain PyTorch loop takes on inputs in memory: the mean of what
+they come to before and after each search. The ratio is the bound over the wall time of the whole search in this process: extraction, audits, rows and
 Parquet included, once data and network are loaded and the stages have been timed for the record. After these rounds, once:
 `speed_up` is over the same search with features.cache = "none", which passes every image live and must give the same
 losses; `on_ray` is the bound spread over the cores, over the time on Ray from the first extraction to the end of the last
@@ -135,7 +135,7 @@ def main() -> None:
             },
             1,
         )
-    bounds = [min(pair) for pair in zip(seconds["bound before"], seconds["bound after"], strict=True)]
+    bounds = [statistics.fmean(pair) for pair in zip(seconds["bound before"], seconds["bound after"], strict=True)]
     difference = max(
         abs(losses[name][trial] - losses["search"][trial]) for name in losses for trial in losses["search"]
     )
