@@ -210,7 +210,7 @@ def test_other_readers_see_the_same_rows(tmp_path: Path) -> None:
     assert pd.read_parquet(study / "trials")["val_score"].max() == 0.95
 
 
-@pytest.mark.parametrize("version", [1, 2, 5])
+@pytest.mark.parametrize("version", [1, 2, 6])
 def test_a_study_of_another_version_is_refused(tmp_path: Path, version: int) -> None:
     """Version 1 had no packs and no extractions, version 2 no probes."""
     other = table_of(RECORD, [A]).replace_schema_metadata({VERSION: str(version).encode()})
@@ -218,7 +218,7 @@ def test_a_study_of_another_version_is_refused(tmp_path: Path, version: int) -> 
         other = other.drop_columns(["pack", "lanes", "spent_s", "alone_s"])
     write_file(tmp_path / "job.json", json.dumps(JOB).encode())
     commit_part(tmp_path, {RECORD: other}, 0)
-    with pytest.raises(UnknownSchema, match=f"written with schema {version}, and this Frostline reads schema 4"):
+    with pytest.raises(UnknownSchema, match=f"written with schema {version}, and this Frostline reads schema 5"):
         read_trials(tmp_path)
 
 

@@ -340,6 +340,7 @@ def test_sections_come_with_the_sections_in_them() -> None:
             "features",
             "objective",
             "resources",
+            "scaling",
             "search",
             "search.pruner",
             "confirm",

@@ -16,6 +16,7 @@ from safetensors import torch as safetensors
 from frostline.adapters import adapt
 from frostline.backbone import Backbone, load_backbone
 from frostline.closedform import pooled_width
+from frostline.collectives import full
 from frostline.commit import published, verify_folder
 from frostline.cuts import cut_at, leave_at
 from frostline.depths import end_of
@@ -38,9 +39,9 @@ def bundle_files(
     classes: tuple[str, ...],
     row: dict[str, Any],
 ) -> dict[str, bytes]:
-    """The files of a bundle, by name."""
+    """The files of a bundle, by name. Of a network that is spread over workers all must ask."""
     stays = pretrained_names(network, applied)
-    state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+    state = {name: full(tensor.detach()).cpu() for name, tensor in network.state_dict().items()}
     moved = {name: tensor.contiguous() for name, tensor in state.items() if name not in stays}
     scores = {name: value for name, value in row.items() if name.startswith(("val_", "test_"))}
     about = {

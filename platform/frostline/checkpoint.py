@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from frostline.collectives import full, lay
 from frostline.freeze import whole
 from frostline.head import SeededDropout
 from frostline.outcome import EpochRecord
@@ -35,10 +36,16 @@ class Keep:
     load: Callable[[], bytes | None]
     """The latest that was saved, if any."""
     save: Callable[[bytes], None]
+    every_s: float = 0.0
+    """The state is saved at the end of an epoch where the last time is so long ago."""
+
+    def is_due(self, since_s: float) -> bool:
+        return since_s >= self.every_s
 
 
 def save_training(training: Training, of: str) -> bytes:
-    """The state of a training between two epochs; `of` says which training it is."""
+    """The state of a training between two epochs; `of` says which training it is. Of a network that is spread over workers all
+    must ask, and all get the same."""
     assert training.optimizer is not None, "no phase has begun"
     network, fixed = training.network, whole(training.phases).fixed
     names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
@@ -50,10 +57,6 @@ def save_training(training: Training, of: str) -> bytes:
     for kind, scored in (("average", training.average), ("blend", training.blend)):
         if scored is not None:
             tensors |= {f"{kind}/{names[live]}": held for live, held in zip(scored.live, scored.held, strict=True)}
-    tensors["random/cpu"] = torch.get_rng_state()
-    device = training.train.labels.device
-    if device.type == "cuda":
-        tensors["random/cuda"] = torch.cuda.get_rng_state(device)
     for name, module in _dropouts(training):
         if module.generator is not None:
             tensors[f"dropout/{name}"] = module.generator.get_state()
@@ -67,7 +70,7 @@ def save_training(training: Training, of: str) -> bytes:
         },
     }
     tensors["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: full(tensor.detach()).cpu().clone().contiguous() for name, tensor in tensors.items()}
     tensors["sha256"] = torch.frombuffer(bytearray(hash_tensors(tensors.items()).encode()), dtype=torch.uint8)
     return safetensors.torch.save(tensors)
 
@@ -100,21 +103,18 @@ def _lay_over(training: Training, tensors: Mapping[str, Tensor], weights: Mappin
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
         if kind == "network":
-            own[rest].copy_(tensor)
+            lay(own[rest], tensor)
         elif kind == "optimizer":
             owner, _, key = rest.rpartition("/")
             training.optimizer.state[parameters[owner]][key] = _like(parameters[owner], tensor)
     for kind, scored in (("average", training.average), ("blend", training.blend)):
         for live, held in zip(scored.live, scored.held, strict=True) if scored is not None else ():
-            held.copy_(tensors[f"{kind}/{names[live]}"])
+            lay(held, tensors[f"{kind}/{names[live]}"])
     for group in training.optimizer.param_groups:
         if (name := names[group["params"][0]]) in weights:
             group["weight"] = weights[name]
     if training.relative is not None:
         training.relative.settled = bool(weights)
-    torch.set_rng_state(tensors["random/cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random/cuda"], device)
     for name, module in _dropouts(training):
         if (state := tensors.get(f"dropout/{name}")) is not None:
             module.generator = torch.Generator(device)
@@ -123,9 +123,10 @@ def _lay_over(training: Training, tensors: Mapping[str, Tensor], weights: Mappin
 
 def _like(parameter: Tensor, tensor: Tensor) -> Tensor:
     """A moment in the memory layout of its parameter; a count of steps as it is."""
-    if tensor.shape == parameter.shape:
-        return torch.empty_like(parameter).copy_(tensor)
-    return tensor.to(parameter.device)
+    if tensor.shape != parameter.shape:
+        return tensor.to(parameter.device)
+    lay(moment := torch.empty_like(parameter), tensor)
+    return moment
 
 
 def _dropouts(training: Training) -> list[tuple[str, SeededDropout]]:

@@ -15,7 +15,11 @@ from frostline.commit import Lease, StudyBusy, committed_parts, write_file
 from frostline.spec import Job
 
 DYING_SECONDS = 30.0
-MAY_DIFFER: dict[str, Any] = {"results": True, "features": {"path", "budget_gb"}}  # where things are, changes no number
+MAY_DIFFER: dict[str, Any] = {
+    "results": True,
+    "features": {"path", "budget_gb"},
+    "scaling": True,
+}  # where things are, changes no number
 WEIGHTS, NAMED_WEIGHTS = "backbone.weights", {"pretrained", "random"}  # a file's path may differ, what it holds may not
 MAY_GROW = ("search.trials",)  # what may change, upwards, when a study is opened again
 

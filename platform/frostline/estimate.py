@@ -82,7 +82,10 @@ def stage_times(prepared: Prepared) -> StageTimes:
 
 
 def cut_choices(prepared: Prepared, times: StageTimes) -> list[Choice]:
-    """Which of the cuts that the arms may draw are stored, and why."""
+    """Which of the cuts that the arms may draw are stored, and why; none where several workers train a trial, each of which
+    passes its share."""
+    if prepared.job.scaling.workers > 1:
+        return []
     job, views = prepared.job, prepared.job.augment.views
     item = 2 if job.features.dtype == "float16" else 4
     cuts = resumable(prepared, _drawn(prepared))
@@ -100,14 +103,16 @@ def cut_choices(prepared: Prepared, times: StageTimes) -> list[Choice]:
 
 def expected_reads(job: Job, stages: int) -> dict[int, float]:
     """Cut -> how often the search is expected to show a train image (a view of it, where these are stored) to trials at
-    that cut: trials x epochs until the pruner stops them."""
+    that cut: trials x epochs until the pruner stops them; of a job that searches nothing, the epochs of a training."""
     reads: defaultdict[int, float] = defaultdict(float)
     for arm in job.arms.values():
         places = arm_places(job, arm, stages)
         epochs = expected_epochs(job.search.pruner, _mean(job, arm, "train.epochs"))
+        if not job.search.trials:
+            epochs = _mean(job, arm, "train.epochs")
         for cut, end in places:
             if cut < end or end == stages:  # heads on fewer stages than all read means over positions
-                reads[cut] += job.search.trials // len(job.arms) * epochs / len(places)
+                reads[cut] += (job.search.trials // len(job.arms) or 1) * epochs / len(places)
     return {cut: shown / max(1, _shown(job)) for cut, shown in reads.items()}
 
 
@@ -142,8 +147,9 @@ def facts_of(prepared: Prepared) -> dict[str, Any]:
 
 def probed_cuts(prepared: Prepared) -> list[int]:
     """Where heads in closed form are tried: at all cuts that the arms may draw and the network can be left at, and the last;
-    nowhere where nothing may be stored."""
-    if prepared.job.features.cache == "none":
+    nowhere where nothing may be stored or is searched."""
+    job = prepared.job
+    if job.features.cache == "none" or not job.search.trials or job.scaling.workers > 1:
         return []
     return [*resumable(prepared, {*_drawn(prepared), len(prepared.backbone.stages)})]
 

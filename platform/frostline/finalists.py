@@ -41,6 +41,11 @@ def choose_finalists(trials: Sequence[Finished], finalists: str, mode: str) -> l
     return [best for group in groups if (best := best_of(group, mode))]
 
 
+def fixed(arm: str) -> Finished:
+    """What stands for the one configuration of an arm that is not searched."""
+    return Finished(f"{arm}-00000", arm, 0, "search", "complete", None, 0.0)
+
+
 def best_probe(rows: Sequence[Mapping[str, Any]], mode: Mode) -> Mapping[str, Any] | None:
     """The row with the best score; of equal ones that at the deepest cut, where training costs least."""
     sign = 1 if mode == "max" else -1

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from frostline.adapters import original
 from frostline.backbone import Backbone, Stage
+from frostline.collectives import full
 from frostline.depths import depth_of
 from frostline.spec import Freeze
 from frostline.strategies import ALL, Phase, phases_of
@@ -237,7 +238,7 @@ def train_mode(network: nn.Module, applied: Applied) -> None:
 def fixed_hash(network: Network, applied: Applied) -> str:
     """16 hex digits of `hash_tensors` over every tensor that training must leave alone (P1)."""
     state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    return hash_tensors((name, state[name]) for name in applied.fixed)[:16]
+    return hash_tensors((name, full(state[name])) for name in sorted(applied.fixed))[:16]
 
 
 def check_masks(network: Network, applied: Applied, optimizer: torch.optim.Optimizer) -> None:

@@ -21,10 +21,19 @@ class SeededDropout(nn.Module):
         self.p = p
         self.seed = 0
         self.generator: torch.Generator | None = None
+        self.rows: tuple[slice, int] | None = None
+        self.drawn: Tensor | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The inputs times the next noise of the stream; in eval mode, or where p is 0, the inputs."""
-        return inputs * self.noise(inputs) if self.training and self.p else inputs
+        if not (self.training and self.p):
+            return inputs
+        if self.rows is None:
+            return inputs * self.noise(inputs)
+        rows, size = self.rows
+        if self.drawn is None:
+            self.drawn = self.noise(inputs.new_empty(size, *inputs.shape[1:]))
+        return inputs * self.drawn[rows]
 
     def noise(self, like: Tensor) -> Tensor:
         """The next of the stream, of this shape, dtype and device: 0 with probability p, else 1 / (1 - p)."""
@@ -41,6 +50,17 @@ def seed_dropout(head: nn.Module, seed: int) -> None:
     for module in head.modules():
         if isinstance(module, SeededDropout):
             module.seed, module.generator = seed, None
+            module.rows = module.drawn = None
+
+
+def show_rows(head: nn.Module, rows: slice, size: int, *, begin: bool) -> None:
+    """Say which rows of a batch of `size` the head is given next, where it is not given all at once: whoever computes a row, it
+    gets the noise that it gets in the whole batch. `begin` says that the batch is a new one."""
+    for module in head.modules():
+        if isinstance(module, SeededDropout):
+            module.rows = rows, size
+            if begin:
+                module.drawn = None
 
 
 def build_head(head: Head, features: int, classes: int, seed: int) -> nn.Sequential:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
+from frostline.checkpoint import Keep
 from frostline.extract import extract, survey
 from frostline.features import Feed
 from frostline.outcome import EpochRecord, Outcome
 from frostline.pack import run_pack
 from frostline.probes import probe
-from frostline.spec import Job
+from frostline.spec import Job, TrialSpec
 from frostline.study import Snapshot, Study
 from frostline.world import World
 
@@ -33,6 +35,10 @@ def run_inline(
         study.finish(outcomes)
         show(study.snapshot())
 
+    def keep(spec: TrialSpec) -> Keep:
+        save = partial(study.keep, spec.trial_id)
+        return Keep(partial(study.kept, spec.trial_id), save, job.scaling.checkpoint_s)
+
     try:
         while not study.done:
             if question := study.survey():
@@ -44,7 +50,7 @@ def run_inline(
             elif heads := study.probe():
                 study.probed(probe(heads, feed, world))
             else:
-                run_pack(study.ask(), feed=feed, world=world, report=report, finish=finish)
+                run_pack(study.ask(), feed=feed, world=world, report=report, finish=finish, keep=keep)
         return study.snapshot()
     finally:
         study.close()

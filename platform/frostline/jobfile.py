@@ -237,6 +237,15 @@ def _arm_mistakes(job: Job, arms: int) -> Iterator[str]:
             f"search.trials = {job.search.trials}: not an equal share for each of {arms} arms; "
             f"{f'{fewer} or ' if fewer else ''}{more} is"
         )
+    if not job.search.trials:
+        yield from (
+            f'arms.{name}.space."{path}": is searched, and search.trials is 0; hold one value, or give trials'
+            for name, arm in job.arms.items()
+            for path, dim in arm.space.items()
+            if is_searched(path, dim)
+        )
+        if not job.confirm.seeds:
+            yield "search.trials = 0 and confirm.seeds = 0: nothing would be trained"
     for name, arm in job.arms.items():
         if (arm.sampler or job.search.sampler) == "grid":
             yield from (

@@ -54,6 +54,15 @@ def look(node: str, address: str | None = None, temp: str | None = None, storage
     }
 
 
+def interface_settings(address: str) -> dict[str, str]:
+    """What tells gloo and NCCL which interface carries the node's address, where its host name, which they go by, does not and
+    nothing else has told them."""
+    carrier = next((name for name, ip in _interfaces().items() if ip == address), None)
+    if carrier is None or _resolved(socket.gethostname()) == address:
+        return {}
+    return {name: carrier for name in INTERFACE_VARIABLES if name not in os.environ}
+
+
 def put(folder: str) -> str:
     """Write a file of a new name and content into a folder, or into the nearest one above it that is there; answers its path."""
     path = _nearest(Path(folder)) / f".frostline-doctor-{uuid.uuid4().hex}"

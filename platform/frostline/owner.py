@@ -80,8 +80,19 @@ class StudyActor:
         return self._opened.report(records)
 
     def finish(self, outcomes: Mapping[str, Outcome]) -> None:
-        self._opened.finish(outcomes)
+        """Take outcomes; of a trial on several workers the first one that any of them tells."""
+        self._opened.finish({trial_id: outcome for trial_id, outcome in outcomes.items() if self.runs(trial_id)})
         self.dry = False
+
+    def keep(self, trial_id: str, checkpoint: bytes) -> None:
+        self._opened.keep(trial_id, checkpoint)
+
+    def kept(self, trial_id: str) -> bytes | None:
+        return self._opened.kept(trial_id)
+
+    def runs(self, trial_id: str) -> bool:
+        """Whether a trial has not ended."""
+        return trial_id in self._opened.running
 
     def hold(self, root: str, keys: Collection[str]) -> None:
         self._opened.hold(root, keys)

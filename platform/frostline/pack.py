@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from frostline.backbone import Backbone
+from frostline.checkpoint import Keep
 from frostline.data import subset
 from frostline.depths import end_of
 from frostline.features import Feed, Origin
@@ -39,11 +40,21 @@ Finish = Callable[[Mapping[str, Outcome]], None]
 """Takes the outcomes of trials that have ended, by trial id."""
 
 
-def run_pack(specs: Sequence[TrialSpec], *, feed: Feed, world: World, report: Report, finish: Finish) -> None:
-    """Train these trials, which `take_pack` put together. What goes wrong in a trial is its outcome, a failed row; what
-    goes wrong in `report` or `finish` is raised."""
-    alone = len(specs) == 1 or specs[0].augment.views == "live"
-    (_take_turns if alone else _train_heads)(specs, feed, world, report, finish)
+def run_pack(
+    specs: Sequence[TrialSpec],
+    *,
+    feed: Feed,
+    world: World,
+    report: Report,
+    finish: Finish,
+    keep: Callable[[TrialSpec], Keep] | None = None,
+) -> None:
+    """Train these trials, which `take_pack` put together; one alone as it is kept. What goes wrong in a trial is its outcome, a
+    failed row; what goes wrong in `report` or `finish` is raised."""
+    if len(specs) > 1 and specs[0].augment.views != "live":
+        _train_heads(specs, feed, world, report, finish)
+    else:
+        _take_turns(specs, feed, world, report, finish, keep(specs[0]) if keep and len(specs) == 1 else None)
 
 
 class Stopwatch:
@@ -76,11 +87,13 @@ class _Lane:
         return failed(self.spec, self.row, self.records, error, self.watch())
 
 
-def _take_turns(specs: Sequence[TrialSpec], feed: Feed, world: World, report: Report, finish: Finish) -> None:
+def _take_turns(
+    specs: Sequence[TrialSpec], feed: Feed, world: World, report: Report, finish: Finish, keep: Keep | None
+) -> None:
     """A step of each trial after the other, each with random numbers of its own, until the last one has ended."""
     lanes = {spec.trial_id: _Lane(spec) for spec in specs}
     steps = {
-        trial_id: trial_steps(lane.spec, feed=feed, world=world, row=lane.row, clock=lane.watch)
+        trial_id: trial_steps(lane.spec, feed=feed, world=world, row=lane.row, clock=lane.watch, keep=keep)
         for trial_id, lane in lanes.items()
     }
     random: dict[str, list[Tensor]] = {}
@@ -152,7 +165,7 @@ def _head_program(
     """Yields after each epoch the records of the lanes that trained and the outcomes of those that are through; is sent
     which of the former go on."""
     started, lead = time.perf_counter(), lanes[0].spec
-    costs = [Cost(world.device, feed.images_forwarded, lane.watch) for lane in lanes]
+    costs = [Cost(world, feed.images_forwarded, lane.watch) for lane in lanes]
     for lane in lanes:
         lane.row |= describe(lane.spec, world)
     origin = origin_of(lead, world)

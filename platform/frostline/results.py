@@ -38,7 +38,7 @@ def _schema(columns: str) -> pa.Schema:
     """A schema from lines of a type and the columns that have it, in order."""
     lines = [line.split() for line in columns.strip().splitlines()]
     fields = [(name, _TYPES.get(kind) or pa.type_for_alias(kind)) for kind, *names in lines for name in names]
-    return pa.schema(fields, {VERSION: b"4"})
+    return pa.schema(fields, {VERSION: b"5"})
 
 
 SCHEMAS = {
@@ -109,7 +109,7 @@ SCHEMAS = {
         text    views audit
         json    applied_lrs
         text    device precision
-        int32   threads
+        int32   threads workers
         text    node hardware
         json    versions
         text    data_hash split_hash weights_hash

@@ -27,6 +27,7 @@ def describe(spec: TrialSpec, world: World) -> dict[str, Any]:
     """The columns that are known when a trial begins."""
     return {
         **asked(spec),
+        "workers": world.workers,
         "device": str(world.device),
         "node": world.node,
         "hardware": hardware(world.device),
@@ -107,7 +108,7 @@ def prediction_rows(spec: TrialSpec, logits: np.ndarray, dataset: Dataset, sampl
 class Cost:
     """What a trial takes: time by part, passes through the backbone, peak memory. Measured from its making."""
 
-    device: torch.device
+    world: World
     passes_before: int
     clock: Callable[[], float] = time.perf_counter
     """Seconds of the trial's own: in a pack it runs while the trial's lane does."""
@@ -115,12 +116,12 @@ class Cost:
 
     def __post_init__(self) -> None:
         self.began, self.started = self.clock(), time.perf_counter()
-        reset_peak(self.device)
+        reset_peak(self.world.device)
 
     def lap(self, part: str) -> None:
         """The time since the last lap belongs to this part."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
         self.laps[part] = self.spent() - sum(self.laps.values())
 
     def spent(self) -> float:
@@ -135,13 +136,13 @@ class Cost:
         deep = sum(record.images for record in records if plan.phases[record.phase].stages)
         return {
             "seconds": time.perf_counter() - self.started,
-            "spent_s": self.spent(),
+            "spent_s": self.spent() * self.world.workers,
             "seconds_data": self.laps["data"],
             "seconds_setup": self.laps["setup"],
             "seconds_train": self.laps["train"] - scoring,
             "seconds_eval": self.laps.get("eval", 0.0) + scoring,
             "images_forward": passes - self.passes_before + live * (trained + scored),
             "images_backward": deep,
-            "peak_mib": peak_mib(self.device),
+            "peak_mib": peak_mib(self.world.device),
             "finished_at": datetime.now(UTC),
         }

@@ -258,6 +258,39 @@ class Resources(Frozen):
     """Where a trial computes; `auto` is cuda, then mps, then cpu, whichever is there first."""
 
 
+class Scaling(Frozen):
+    """How many workers train one network together. Batch and learning rates stay what [train] says: each worker has a share of
+    every batch, and of validation and test."""
+
+    workers: int = Field(default=1, ge=1, le=4096)
+    """Processes that train a trial together, each with what [resources] gives."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Train with as few workers as this where the cluster cannot hold all of them; `workers` when not given. Another number
+    of workers sums in another order, which moves the last bits."""
+    mode: Literal["ddp", "fsdp"] = "ddp"
+    """Each worker has the whole network (DDP), or a part of its parameters, gradients and moments (FSDP2), for networks
+    that a device cannot hold."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """A worker passes at most this many samples at once and sums up the gradients of its share of a batch (gradient
+    accumulation); all at once when not given."""
+    checkpoint_s: float = Field(default=60.0, ge=0)
+    """At the end of an epoch the training's state is kept if the last time was this many seconds ago; 0 keeps it after every
+    epoch. Trials that train in packs keep none."""
+    checkpoints: str | None = None
+    """Where checkpoints are kept until their trial has ended: a folder that the driver sees, or any URI that pyarrow writes
+    (s3://, gs://); the folder `checkpoints` of the study when not given."""
+    restarts: int = Field(default=3, ge=0)
+    """How many times a trial that loses a worker or a node goes on from its last checkpoint, before it is a failed row."""
+    timeout_s: float = Field(default=300.0, gt=0)
+    """How long workers wait for one another in a step before the trial counts as having lost one."""
+
+    @model_validator(mode="after")
+    def _no_more_at_least_than_at_most(self) -> Scaling:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers = {self.min_workers} is above workers = {self.workers}")
+        return self
+
+
 class Objective(Frozen):
     metric: Metric = "accuracy"
     """The score that is searched for and compared; `nll` is the mean negative log-likelihood in nats."""
@@ -287,8 +320,9 @@ class Pruner(Frozen):
 
 
 class Search(Frozen):
-    trials: int = Field(default=24, ge=1, le=1_000_000)
-    """Trials over all arms; each arm gets an equal share."""
+    trials: int = Field(default=24, ge=0, le=1_000_000)
+    """Trials over all arms; each arm gets an equal share. With 0 nothing is searched: the arms, which must have one
+    configuration each, are trained as `confirm` says."""
     steps: int | None = Field(default=None, ge=1)
     """Training steps over all arms; an arm that has spent its equal share asks for no more trials, stopped and failed ones being
     charged too. No limit when not given."""
@@ -310,7 +344,8 @@ class Search(Frozen):
 
 class Confirm(Frozen):
     seeds: int = Field(default=5, ge=0, le=1000)
-    """How many fresh seeds a finalist is re-run on; each is scored once on test."""
+    """How many fresh seeds a finalist is re-run on; each is scored once on test. In `frostline train`, how many times to train: 1
+    when not given."""
     finalists: Literal["best", "arms"] = "best"
     """The best configuration of the study, or the best of each arm."""
 
@@ -361,6 +396,7 @@ class Job(Frozen):
     features: Features = Features()
     objective: Objective = Objective()
     resources: Resources = Resources()
+    scaling: Scaling = Scaling()
     search: Search = Search()
     confirm: Confirm = Confirm()
     arms: dict[Name, Arm] = Field(default={})
@@ -413,6 +449,7 @@ class TrialSpec(Frozen):
     """Whether the features that head.init = "probe" starts from are read from there."""
     objective: Objective
     resources: Resources
+    scaling: Scaling = Scaling()
 
 
 def starting_point(backbone: BackboneSpec, config: Config, seeds: Seeds) -> BackboneSpec:
@@ -424,7 +461,7 @@ def starting_point(backbone: BackboneSpec, config: Config, seeds: Seeds) -> Back
 
 def trial_of(job: Job, config: Config, seeds: Seeds, **own: Any) -> TrialSpec:
     """A trial of `config` on what all trials of the job share, each of which may be given anew; `own` is what they do not."""
-    shared = {name: getattr(job, name) for name in ("data", "augment", "features", "objective", "resources")}
+    shared = {name: getattr(job, name) for name in ("data", "augment", "features", "objective", "resources", "scaling")}
     shared["backbone"] = starting_point(job.backbone, config, seeds)
     return TrialSpec(config=config, seeds=seeds, **(shared | own))
 

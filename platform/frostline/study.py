@@ -27,7 +27,8 @@ from frostline.claim import record_job, take_lease
 from frostline.commit import clean, publish_folder
 from frostline.costs import alone_seconds, times_of
 from frostline.depths import cut_of, end_of
-from frostline.finalists import Finished, best_of, best_probe, choose_finalists, remember
+from frostline.finalists import Finished, best_of, best_probe, choose_finalists, fixed, remember
+from frostline.keeping import drop_checkpoint, read_checkpoint, write_checkpoint
 from frostline.ledger import Ledger
 from frostline.outcome import EpochRecord, Outcome, lost
 from frostline.packing import take_pack
@@ -60,7 +61,8 @@ class Running:
     lanes: int = 0
     records: list[EpochRecord] = field(default_factory=list)
     epoch_rows: list[dict[str, Any]] = field(default_factory=list)
-    lost: bool = False  # its worker has died once, before the first epoch
+    losses: int = 0  # of its workers
+    kept: bool = False  # whether there is a checkpoint to go on from
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class Study:
             self.to_extract = self.extracted_images = 0
             self.held = ExitStack()
             self.ledger = Ledger(self.folder)
+            beside = job.scaling.checkpoints
+            self.checkpoints = f"{beside}/{job.name}" if beside else str(self.folder / "checkpoints")
             self.seq = 0
             self.opened = time.monotonic()
             self._restore()
@@ -130,7 +134,7 @@ class Study:
         if not self.waiting:
             return []
         first, *others = self.waiting
-        beside = [] if first.lost else [each.spec for each in others if not each.lost]
+        beside = [] if first.losses else [each.spec for each in others if not each.losses]
         specs = take_pack([first.spec, *beside], self.stages, self.job.search.lanes, free)
         taken = {spec.trial_id for spec in specs}
         for running in self.waiting:
@@ -174,7 +178,13 @@ class Study:
 
     def report(self, records: Mapping[str, EpochRecord]) -> dict[str, bool]:
         """Hear an epoch of running trials; for each, whether it should go on. All are heard before any is judged, and none is
-        before its `judged_epoch`."""
+        before its `judged_epoch`. What was heard before, from a trial that has gone back to its checkpoint, changes nothing."""
+        answers = dict.fromkeys(records, True)
+        records = {
+            trial_id: record
+            for trial_id, record in records.items()
+            if record.epoch > len(self.running[trial_id].records)
+        }
         by_arm: dict[str, dict[int, tuple[int, float]]] = {}
         for trial_id, record in records.items():
             spec = self.running[trial_id].spec
@@ -185,7 +195,7 @@ class Study:
             for arm, heard in by_arm.items()
             for number, stop in self.proposers[arm].report(heard).items()
         }
-        answers, heard_seq = {}, self.seq
+        heard_seq = self.seq
         for trial_id, record in records.items():
             running = self.running[trial_id]
             stop = running.spec.round == "search" and stops.get((running.spec.arm, running.spec.number), False)
@@ -193,6 +203,16 @@ class Study:
             running.epoch_rows.append(_epoch_row(trial_id, record, self._next_seq(), heard_seq, stop))
             answers[trial_id] = not stop
         return answers
+
+    def keep(self, trial_id: str, checkpoint: bytes) -> None:
+        """Keep the state of a running trial, in the place of an earlier one."""
+        if trial_id in self.running:
+            write_checkpoint(self.checkpoints, trial_id, checkpoint)
+            self.running[trial_id].kept = True
+
+    def kept(self, trial_id: str) -> bytes | None:
+        """What a trial goes on from, which was interrupted in this or an earlier run of the study."""
+        return read_checkpoint(self.checkpoints, trial_id)
 
     def hold(self, root: str, keys: Collection[str]) -> None:
         """Keep what the trials read from being deleted for as long as the study is open."""
@@ -244,20 +264,22 @@ class Study:
         self.ledger.add("trials", [row])
         self.ledger.add("epochs", running.epoch_rows)
         self.ledger.add("predictions", outcome.predictions)
+        drop_checkpoint(self.checkpoints, trial_id)
         del self.running[trial_id]
         self.finished.append(done)
 
     def lose(self, trial_ids: Sequence[str], reason: str) -> None:
-        """End trials whose worker is gone, unless they had finished. One that had not begun is run again, once and alone:
-        of a pack, the lane that takes its process with it may be any."""
+        """End trials whose worker is gone, unless they had finished. One that was kept goes on from there, alone, and so does,
+        once, one that had not begun: of a pack, the lane that takes its process with it may be any."""
         again = []
         for running in [self.running[trial_id] for trial_id in trial_ids if trial_id in self.running]:
-            if running.records or running.lost:
+            allowed = self.job.scaling.restarts if running.kept else 0 if running.records else 1
+            if running.losses >= allowed:
                 outcome = lost(running.spec, running.records, reason)
                 self.finish({running.spec.trial_id: outcome})
             else:
                 del self.running[running.spec.trial_id]
-                again.append(replace(running, lost=True))
+                again.append(replace(running, losses=running.losses + 1))
         self.waiting = [*again, *self.waiting]
 
     @property
@@ -361,7 +383,8 @@ class Study:
     def _confirm_spec(self, trial_id: str, finalist: Finished, index: int) -> TrialSpec:
         seed, seeds = confirm_seeds(self.job, index)
         arm = self.job.arms[finalist.arm]
-        config = configure(self.job, arm, self.proposers[finalist.arm].values(finalist.number))
+        searched = self.proposers[finalist.arm].values(finalist.number) if self.job.search.trials else {}
+        config = configure(self.job, arm, searched)
         return self._spec(trial_id, finalist.arm, finalist.number, "confirm", seed, seeds, config)
 
     def _spec(
@@ -403,6 +426,8 @@ class Study:
         if len(search) < self.total:
             return {}
         finalists = choose_finalists(search, self.job.confirm.finalists, self.mode)
+        if not self.job.search.trials:
+            finalists = [fixed(arm) for arm in self.job.arms]
         return {
             f"{finalist.trial_id}-c{index}": (finalist, index)
             for finalist in finalists

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
+from frostline.collectives import full, gathered, is_part, replicated, share, total, unsynchronised
 from frostline.cuts import widened
 from frostline.features import EVAL_BATCH, Fetch, chunks
 from frostline.freeze import (
@@ -30,12 +31,12 @@ from frostline.freeze import (
     train_mode,
     whole,
 )
-from frostline.head import seed_dropout
+from frostline.head import seed_dropout, show_rows
 from frostline.metrics import scores
 from frostline.outcome import EpochRecord
 from frostline.seeds import derive_seed
 from frostline.spec import Metric, Train
-from frostline.world import mixed
+from frostline.world import ALONE, World, mixed
 
 REMEDY = "try a lower learning rate"
 
@@ -82,12 +83,17 @@ class Training:
         seeding: Seeding,
         autocast: torch.dtype | None,
         clock: Callable[[], float] = time.perf_counter,
+        world: World = ALONE,
+        micro_batch: int | None = None,
     ) -> None:
-        """`clock` answers seconds."""
+        """`clock` answers seconds. Every worker of `world` makes the same training, on all samples."""
         self.network, self.phases, self.config = network, phases, config
         self.train, self.val = train, val
         self.metric: Metric = metric
         self.seeding, self.autocast, self.clock = seeding, autocast, clock
+        self.world, self.micro_batch = world, micro_batch
+        self.model: nn.Module = network
+        """What is called in training steps."""
         self.trained = whole(phases).trained
         self.average = Average(network, self.trained, config.ema) if config.ema is not None else None
         self.pull = Pull(network, self.trained, config.l2_sp) if config.l2_sp else None
@@ -112,7 +118,6 @@ class Training:
         Raises NonFiniteError, or FreezeError where masks, optimizer and gradients do not agree, or a phase has moved what it
         holds fixed.
         """
-        torch.manual_seed(derive_seed(self.seeding.dropout, "backbone"))
         seed_dropout(self.network.head, self.seeding.dropout)
         for number, (applied, stretch) in enumerate(
             zip(self.phases, stretches(self.phases, self.config.epochs), strict=True)
@@ -134,6 +139,7 @@ class Training:
     def _begin(self, applied: Applied, *, last: bool) -> None:
         """A phase: what it trains, by which optimizer."""
         enforce(self.network, applied)
+        self.model = replicated(self.world, self.network)
         before = None if applied.restart else self.optimizer
         self.optimizer = build_optimizer(self.network, applied, self.config, before)
         check_masks(self.network, applied, self.optimizer)
@@ -150,19 +156,15 @@ class Training:
         config, train = self.config, self.train
         first_step, from_step = (self.per_epoch * epochs for epochs in (stretch.first - 1, stretch.from_epoch - 1))
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        torch.manual_seed(derive_seed(self.seeding.dropout, "backbone", epoch, self.world.rank))
         train_mode(self.network, applied)
-        total = torch.zeros((), device=train.labels.device)
+        losses = torch.zeros((), device=train.labels.device)
         batches = chunks(self.order.permutation(len(train.samples)), config.batch_size)
         for step, batch in enumerate(batches, (epoch - 1) * self.per_epoch):
             if step % self.per_epoch:
                 yield None
             self.optimizer.zero_grad(set_to_none=True)
-            with mixed(train.labels.device, self.autocast):
-                logits = self.network(train.fetch(train.samples[batch], epoch))
-                loss = functional.cross_entropy(
-                    widened(logits), train.labels[batch], label_smoothing=config.label_smoothing
-                )
-            loss.backward()
+            losses += self._gradients(batch, epoch)
             if step == first_step:
                 check_gradients(self.network, applied)
             if self.pull is not None:
@@ -177,19 +179,40 @@ class Training:
             self.optimizer.step()
             if self.average is not None:
                 self.average.update(step)
-            total += loss.detach() * len(batch)
-        train_loss = float(total) / len(train.samples)
+        train_loss = float(total(self.world, losses)) / len(train.samples)
         if not math.isfinite(train_loss):
             raise NonFiniteError(f"the training loss of epoch {epoch} is {train_loss}; {REMEDY}")
         if self.relative is not None:
             self.relative.settle()
         return train_loss
 
+    def _gradients(self, batch: np.ndarray, epoch: int) -> Tensor:
+        """Sum up the gradients of the mean loss over a batch, of this worker's share of it, a piece at a time; answers the sum of
+        the losses of that share. A worker that has none takes part with a sample that weighs nothing."""
+        train, size = self.train, len(batch)
+        own = share(self.world, size)
+        pieces = list(_pieces(own, self.micro_batch)) or [slice(0, 1)]
+        losses = torch.zeros((), device=train.labels.device)
+        for number, piece in enumerate(pieces, 1):
+            samples = batch[piece]
+            counted = len(samples) if own.start < own.stop else 0
+            if self.world.workers > 1 or self.micro_batch:
+                show_rows(self.network.head, piece, size, begin=number == 1)
+            with nullcontext() if number == len(pieces) else unsynchronised(self.model):
+                with mixed(train.labels.device, self.autocast):
+                    logits = self.model(train.fetch(train.samples[samples], epoch))
+                    loss = functional.cross_entropy(
+                        widened(logits), train.labels[samples], label_smoothing=self.config.label_smoothing
+                    )
+                (loss * (counted * self.world.workers / size)).backward()
+            losses += loss.detach() * counted
+        return losses
+
     def _record(self, epoch: int, phase: int, train_loss: float, started: float) -> EpochRecord:
         """An epoch that has ended, scored on val."""
         eval_started, scored = self.clock(), self.average or self.blend
         with scored.swapped_in() if scored is not None else nullcontext():
-            logits = predict(self.network, self.val, self.autocast)
+            logits = predict(self.network, self.val, self.autocast, world=self.world)
         if not np.isfinite(logits).all():
             raise NonFiniteError(f"validation after epoch {epoch} gives logits that are not finite; {REMEDY}")
         val_scores = scores(logits, self.val.labels.cpu().numpy())
@@ -206,6 +229,12 @@ class Training:
             seconds=finished - started,
             eval_seconds=finished - eval_started,
         )
+
+
+def _pieces(rows: slice, size: int | None) -> Iterator[slice]:
+    """Consecutive pieces of at most `size` rows; of no rows, none."""
+    step = size or max(1, rows.stop - rows.start)
+    return (slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
 
 
 @dataclass(frozen=True)
@@ -252,7 +281,8 @@ def build_optimizer(
         for (lr, decay, *alone), params in groups.items()
     ]
     if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(table, lr=config.lr, momentum=config.momentum, fused=True)
+        fused = not any(is_part(parameter) for group in table for parameter in group["params"])  # not known to PyTorch
+        optimizer = torch.optim.SGD(table, lr=config.lr, momentum=config.momentum, fused=fused)
     else:
         optimizer = torch.optim.AdamW(table, lr=config.lr, fused=True)  # one pass over memory a step, on every device
     if before is not None:
@@ -275,12 +305,29 @@ def rate_factor(step: int, steps: int, config: Train) -> float:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: Batches, autocast: torch.dtype | None = None, *, epoch: int = 0) -> np.ndarray:
-    """(n, outputs) of a model in eval mode, in the order of the samples: float32, or float64 where it computes in that."""
+def predict(
+    model: nn.Module,
+    batches: Batches,
+    autocast: torch.dtype | None = None,
+    *,
+    epoch: int = 0,
+    world: World = ALONE,
+) -> np.ndarray:
+    """(n, outputs) of a model in eval mode, in the order of the samples: float32, or float64 where it computes in that.
+
+    Workers take batches in turn, the same ones whatever their number, and each sample is passed once; where there is no batch left
+    for some of them they pass one for nothing, as a sharded network is called by all or by none.
+    """
     model.eval()
+    parts = list(chunks(batches.samples, EVAL_BATCH))
+    own = parts[world.rank :: world.workers]
+    idle = -(-len(parts) // world.workers) - len(own)
     with mixed(batches.labels.device, autocast):
-        parts = [widened(model(batches.fetch(chunk, epoch))).cpu() for chunk in chunks(batches.samples, EVAL_BATCH)]
-    return torch.cat(parts).numpy()
+        made = [widened(model(batches.fetch(part, epoch))).cpu() for part in [*own, *parts[:idle]]]
+    everyone = gathered(world, made)
+    return torch.cat(
+        [everyone[number % world.workers][number // world.workers] for number in range(len(parts))]
+    ).numpy()
 
 
 @torch.no_grad()
@@ -338,8 +385,8 @@ class RelativeNorms:
         parameters = [group["params"][0] for group in self.groups]
         if not parameters:
             return
-        own = torch.stack([parameter.detach().norm() for parameter in parameters])
-        found = torch.stack([parameter.grad.norm() for parameter in parameters]) / own  # inf, or NaN, for zeros
+        own = torch.stack([full(parameter.detach().norm()) for parameter in parameters])
+        found = torch.stack([full(parameter.grad.norm()) for parameter in parameters]) / own  # inf, or NaN, for zeros
         self.sums = found if self.sums is None else self.sums + found
         if not self.settled:
             self.settle()

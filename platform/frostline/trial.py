@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,6 +15,7 @@ from frostline.adapters import adapt
 from frostline.backbone import load_backbone
 from frostline.bundle import bundle_files
 from frostline.checkpoint import Keep, load_training, save_training
+from frostline.collectives import agreed, gathered, shard
 from frostline.cuts import leave_at, pooled_cut, resume, round_at
 from frostline.data import load_data, subset
 from frostline.depths import end_of
@@ -32,13 +33,24 @@ Report = Callable[[EpochRecord], bool]
 """Takes the record of an epoch and answers whether to go on."""
 
 
-def run_trial(spec: TrialSpec, *, feed: Feed, world: World, report: Report, keep: Keep | None = None) -> Outcome:
+def run_trial(
+    spec: TrialSpec,
+    *,
+    feed: Feed,
+    world: World,
+    report: Report,
+    keep: Keep | None = None,
+    row: dict[str, Any] | None = None,
+) -> Outcome:
     """Train one configuration and score it on val; a confirmation also on test, once, with predictions and a bundle.
 
-    With `keep` the state is saved after every epoch but the last, and a trial that finds one goes on from it to the bit; epochs
-    from before are in its row and are not reported again. Raises CheckpointError for one of another trial.
+    Every worker of `world` calls it alike, and gets the same. Columns are put into `row` as they become known.
+
+    With `keep` the state is saved at the ends of epochs, and a trial that finds one goes on from it to the bit; epochs from before
+    are reported again, at once. Raises CheckpointError for one of another trial.
     """
-    steps, answer = trial_steps(spec, feed=feed, world=world, row={}, keep=keep), None
+    row = {} if row is None else row
+    steps, answer = trial_steps(spec, feed=feed, world=world, row=row, keep=keep), None
     while True:
         try:
             record = steps.send(answer)
@@ -59,7 +71,7 @@ def trial_steps(
     """A trial, step by step: yields None before and between steps, and after an epoch its record, for which it is sent
     whether to go on. Columns are put into `row` as they become known. Raises what goes wrong.
     """
-    config, cost = spec.config, Cost(world.device, feed.images_forwarded, clock)
+    config, cost = spec.config, Cost(world, feed.images_forwarded, clock)
     row |= describe(spec, world)
     origin = origin_of(spec, world)
     backbone, dataset = origin.backbone, origin.dataset
@@ -73,6 +85,7 @@ def trial_steps(
     applied = whole(phases)
     row |= describe_network(network, applied, backbone, plan, config.train)
     row |= {"inputs": "features" if spec.cached else "images", "precision": "bf16" if origin.autocast else "fp32"}
+    row["node"] = ", ".join(sorted({*gathered(world, world.node)}))
     feed_in(network.backbone, plan, origin, cached=spec.cached)
 
     def batches(samples: np.ndarray) -> Batches:
@@ -90,6 +103,7 @@ def trial_steps(
     if applied.recalibrated:
         recalibrate(network, applied, train, spec.seeds.order)
     held = fixed_hash(network, applied)
+    shard(world, network)
     cost.lap("setup")
     yield None
 
@@ -103,21 +117,17 @@ def trial_steps(
         seeding=Seeding(spec.seeds.order, spec.seeds.dropout),
         autocast=origin.autocast,
         clock=clock,
+        world=world,
+        micro_batch=spec.scaling.micro_batch,
     )
     status = "complete"
-    of = training_id(row)
-    if keep and (checkpoint := keep.load()):
-        load_training(training, checkpoint, of)
-    records = training.records
-    for record in training.steps():
+    for record in kept_records(training, spec, row, keep, clock):
         go_on = yield record
-        if record and record.epoch < config.train.epochs:
-            if not go_on:
-                status = "pruned"
-                break
-            if keep:
-                keep.save(save_training(training, of))
-    if fixed_hash(network, applied) != held:
+        if record and record.epoch < config.train.epochs and not go_on:
+            status = "pruned"
+            break
+    records = training.records
+    if {fixed_hash(network, applied)} != {held, *gathered(world, held)}:
         raise FreezeError("training moved a tensor that the freeze plan holds fixed")
     row |= {"audit": "passed"} | summarise(spec, records, status)
     cost.lap("train")
@@ -125,16 +135,41 @@ def trial_steps(
     outcome = Outcome(row)
     if spec.round == "confirm" and status == "complete":
         test = batches(dataset.indices("test"))
-        confirm(outcome, spec, test.samples, predict(network, test, origin.autocast), network, applied, origin)
+        logits = predict(network, test, origin.autocast, world=world)
+        confirm(outcome, spec, test.samples, logits, network, applied, origin)
         cost.lap("eval")
     row |= cost.columns(records, row, feed.images_forwarded, plan)
     return outcome
 
 
-def training_id(row: dict[str, Any]) -> str:
-    """What a checkpoint is of: all that a training's bits depend on."""
-    columns = ("spec", "device", "precision", "data_hash", "split_hash", "weights_hash", "versions")
-    return digest([row[column] for column in columns])
+def kept_records(
+    training: Training, spec: TrialSpec, row: dict[str, Any], keep: Keep | None, clock: Callable[[], float]
+) -> Iterator[EpochRecord | None]:
+    """The steps of a training, from its checkpoint on where one was kept; first the records of the epochs before that. Between
+    epochs its state is kept, once the record of the last one has been taken."""
+    if keep is None:
+        yield from training.steps()
+        return
+    of, world = training_id(spec, row), training.world
+    if checkpoint := agreed(world, keep.load):
+        load_training(training, checkpoint, of)
+        yield from list(training.records)
+    saved_s = clock()
+    for record in training.steps():
+        yield record
+        if record is None or record.epoch == spec.config.train.epochs:
+            continue
+        if agreed(world, keep.is_due, clock() - saved_s):
+            checkpoint = save_training(training, of) if world.sharded or world.rank == 0 else b""
+            if world.rank == 0:
+                keep.save(checkpoint)
+            saved_s = clock()
+
+
+def training_id(spec: TrialSpec, row: dict[str, Any]) -> str:
+    """What a checkpoint is of: all that a training's bits depend on, the number of its workers apart, which may change."""
+    columns = ("device", "precision", "data_hash", "split_hash", "weights_hash", "versions")
+    return digest([spec.model_dump(mode="json", exclude={"scaling"}), *(row[column] for column in columns)])
 
 
 def head_of(spec: TrialSpec, origin: Origin) -> nn.Sequential:

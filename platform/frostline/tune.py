@@ -115,7 +115,7 @@ def run_tune(
         gpus = gpus_of_a_trial(job.resources, ray.cluster_resources().get("GPU", 0))
         if job.resources.device == "cuda" and not gpus:
             raise PlacementError("resources.device = 'cuda', and no node has a GPU to give; use 'auto' or 'cpu'")
-        slots = concurrency(job.resources.cpus, gpus, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        slots = concurrency(job, gpus, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         study: Any = ray.remote(num_cpus=0)(StudyActor).options(scheduling_strategy=here).remote()
         if facts is None:
@@ -126,15 +126,15 @@ def run_tune(
                 raise error.cause from None
         opening = study.open.remote(job, facts, splits, dict(who), slots)
         workers = min(slots, max(job.search.trials, job.confirm.seeds))
+        # a worker that only starts others and waits for them takes nothing from them
+        own: dict[str, float] = {"cpu": job.resources.cpus, "gpu": gpus} if job.scaling.workers == 1 else {"cpu": 0}
         searcher = StudySearcher(study, opening, workers)
         # else each worker waits until the one before has started
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(workers + 1)
         try:
             with _watching(study, show), tempfile.TemporaryDirectory(prefix="frostline-tune-") as scratch:
                 tune.Tuner(
-                    tune.with_resources(
-                        tune.with_parameters(trainable, study=study), {"cpu": job.resources.cpus, "gpu": gpus}
-                    ),
+                    tune.with_resources(tune.with_parameters(trainable, study=study), own),
                     tune_config=tune.TuneConfig(
                         search_alg=searcher,
                         num_samples=-1,
@@ -162,16 +162,19 @@ def _facts(job: Job) -> dict[str, Any]:
     return facts_of(prepare(job))
 
 
-def concurrency(cpus: float, gpus: float, nodes: list[Mapping[str, float]]) -> int:
-    """How many trials the nodes hold at once. Raises PlacementError if none."""
-    slots = sum(trials_at_once(cpus, gpus, node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
-    if slots == 0:
+def concurrency(job: Job, gpus: float, nodes: list[Mapping[str, float]]) -> int:
+    """How many trials the nodes hold at once, all of their workers together. Raises PlacementError if none."""
+    cpus, scaling = job.resources.cpus, job.scaling
+    places = sum(trials_at_once(cpus, gpus, node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
+    if (needed := scaling.min_workers or scaling.workers) > places:
         largest = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+        each = "a trial needs" if scaling.workers == 1 else f"a trial needs {needed} workers, each with"
+        held = "no node has that" if not places else f"there is room for {places}"
         raise PlacementError(
-            f"a trial needs {cpus:g} CPUs and {gpus:g} GPUs on one node (resources.cpus, resources.gpus), "
-            f"and no node has that; the nodes have: {largest}"
+            f"{each} {cpus:g} CPUs and {gpus:g} GPUs on one node (resources.cpus, resources.gpus, scaling.workers), "
+            f"and {held}; the nodes have: {largest}"
         )
-    return slots
+    return max(1, places // scaling.workers)
 
 
 @contextmanager

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ray
 from ray import tune
 
+from frostline.distributed import keep_with, train_together
 from frostline.extract import extract, load, survey
 from frostline.features import Feed
 from frostline.pack import Finish, Report, run_pack
@@ -42,8 +44,14 @@ class Worker(tune.Trainable):
         return {"done": True}
 
     def run(self, specs: Sequence[TrialSpec], report: Report, finish: Finish) -> None:
-        """Train a pack."""
-        run_pack(specs, feed=self.feed, world=World.here(specs[0].resources), report=report, finish=finish)
+        """Train a pack, or a trial that has workers of its own."""
+        if specs[0].scaling.workers > 1:
+            for spec in specs:
+                train_together(spec, self.study)
+            return
+        world = World.here(specs[0].resources)
+        keep = partial(keep_with, self.study)
+        run_pack(specs, feed=self.feed, world=world, report=report, finish=finish, keep=keep)
 
     def prepare(self, work: Load | Survey | Shard | Probe) -> None:
         """Do what trials wait for; what is wrong with it ends the search."""

@@ -25,14 +25,23 @@ class World:
 
     device: torch.device
     node: str
+    rank: int = 0
+    """Of this worker among those that train the network together."""
+    workers: int = 1
+    sharded: bool = False
+    """Whether each of them has a part of the parameters only."""
 
     @staticmethod
-    def here(resources: Resources) -> World:
+    def here(resources: Resources, *, rank: int = 0, workers: int = 1, sharded: bool = False) -> World:
         """This process, with its threads set to what the job says. Raises ValueError where the device is not there."""
         torch.backends.mha.set_fastpath_enabled(False)  # it differs from the trained path in the last bits
         if torch.get_num_threads() != resources.threads:
             torch.set_num_threads(resources.threads)
-        return World(find_device(resources.device), socket.gethostname())
+        return World(find_device(resources.device), socket.gethostname(), rank, workers, sharded)
+
+
+ALONE = World(torch.device("cpu"), "")
+"""For code that trains by itself: one worker."""
 
 
 def find_device(wanted: str) -> torch.device:

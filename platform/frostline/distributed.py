@@ -1,0 +1,124 @@
+"""One trial on several workers, by Ray Train: each runs `run_trial` alike, with a share of every batch.
+
+A worker that dies takes the others with it; all of them start again and go on from the last checkpoint. Epochs, checkpoints
+and the outcome go from the first worker straight to the study.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+os.environ.setdefault(
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "30"
+)  # a worker that does not answer is gone; Ray waits 600 s
+
+import ray
+import torch
+from ray import train
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from frostline.checkpoint import Keep
+from frostline.collectives import agreed
+from frostline.features import Feed
+from frostline.freeze import FreezeError
+from frostline.machine import interface_settings
+from frostline.outcome import EpochRecord, lost
+from frostline.spec import TrialSpec
+from frostline.trial import failed, run_trial
+from frostline.world import World, gpus_of_a_trial
+
+OWN = (ValueError, ArithmeticError, FreezeError, MemoryError, torch.OutOfMemoryError)
+"""What goes wrong with a trial itself, and would again; anything else may be another worker's end, as this one sees it."""
+
+
+class _Backend(TorchConfig().backend_cls):
+    """PyTorch's process group, on interfaces where workers find each other."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(_choose_interface)
+        super().on_start(worker_group, backend_config)
+
+
+class _Group(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
+
+
+def _choose_interface() -> None:
+    os.environ.update(interface_settings(ray.util.get_node_ip_address()))
+
+
+def train_together(spec: TrialSpec, study: Any) -> None:
+    """Train one trial on its workers, which Ray places wherever there is room, and start again when some are lost."""
+    reason = ""
+    for attempt in range(spec.scaling.restarts + 1):
+        with tempfile.TemporaryDirectory(prefix="frostline-train-") as scratch:
+            trainer = TorchTrainer(
+                _work,
+                train_loop_config={"spec": spec, "study": study},
+                scaling_config=_scaling(spec),
+                run_config=train.RunConfig(name=f"{spec.trial_id}-{attempt}", storage_path=scratch),
+                torch_config=_Group(timeout_s=int(spec.scaling.timeout_s)),
+            )
+            try:
+                trainer.fit()
+            except TrainingFailedError as error:
+                reason = " ".join(str(error).split())[-400:]
+        if not ray.get(study.runs.remote(spec.trial_id)):
+            return
+    ray.get(study.finish.remote({spec.trial_id: lost(spec, [], reason)}))
+
+
+def keep_with(study: Any, spec: TrialSpec) -> Keep:
+    """Checkpoints through the study, which writes one while training goes on; what went wrong is raised with the next."""
+    written: list[Any] = []
+
+    def save(checkpoint: bytes) -> None:
+        if written:
+            ray.get(written.pop())
+        written.append(study.keep.remote(spec.trial_id, checkpoint))
+
+    return Keep(lambda: ray.get(study.kept.remote(spec.trial_id)), save, spec.scaling.checkpoint_s)
+
+
+def _scaling(spec: TrialSpec) -> train.ScalingConfig:
+    scaling, resources = spec.scaling, spec.resources
+    gpus = gpus_of_a_trial(resources, ray.cluster_resources().get("GPU", 0))
+    fewest = scaling.min_workers or scaling.workers
+    return train.ScalingConfig(
+        num_workers=scaling.workers if fewest == scaling.workers else (fewest, scaling.workers),
+        use_gpu=gpus > 0,
+        resources_per_worker={"CPU": resources.cpus, **({"GPU": gpus} if gpus else {})},
+    )
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What each worker does. What goes wrong with the trial is told to the study, and then ends all workers."""
+    spec, study = config["spec"], config["study"]
+    if not ray.get(study.runs.remote(spec.trial_id)):
+        return
+    context = train.get_context()
+    world = World.here(
+        spec.resources,
+        rank=context.get_world_rank(),
+        workers=context.get_world_size(),
+        sharded=spec.scaling.mode == "fsdp",
+    )
+    row: dict[str, Any] = {}
+    records: list[EpochRecord] = []
+
+    def report(record: EpochRecord) -> bool:
+        records.append(record)
+        return agreed(world, lambda: ray.get(study.report.remote({spec.trial_id: record}))[spec.trial_id])
+
+    try:
+        outcome = run_trial(spec, feed=Feed(), world=world, report=report, keep=keep_with(study, spec), row=row)
+    except OWN as error:
+        ray.get(study.finish.remote({spec.trial_id: failed(spec, row, records, error, 0.0)}))
+        raise
+    if world.rank == 0:
+        ray.get(study.finish.remote({spec.trial_id: outcome}))
