@@ -21,7 +21,7 @@ from frostline.collectives import full, shard, share
 from frostline.outcome import EpochRecord
 from frostline.spec import BackboneSpec, Freeze, Train
 from frostline.testing import TOY_BACKBONE
-from frostline.train import Batches, Seeding, Training, predict
+from frostline.training import Batches, Seeding, Training, predict
 from frostline.world import ALONE, World
 
 SAMPLES = 11  # batches of 4, 4 and 3, and of 3 workers one has a sample less, or none

@@ -26,7 +26,7 @@ from frostline.models import digest
 from frostline.outcome import EpochRecord, Outcome, summarise
 from frostline.rows import Cost, describe, describe_data, describe_network, failure, prediction_rows, score_on_test
 from frostline.spec import TrialSpec
-from frostline.train import Batches, Seeding, Training, predict, recalibrate
+from frostline.training import Batches, Seeding, Training, predict, recalibrate
 from frostline.world import World, autocast_dtype
 
 Report = Callable[[EpochRecord], bool]
