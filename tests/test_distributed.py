@@ -131,7 +131,9 @@ def test_a_training_that_goes_wrong_is_told_once_and_not_tried_again(tmp_path: P
 
 
 def test_workers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"needs 64 workers, each with 0\.5 CPUs .*scaling\.workers"):
+    with pytest.raises(
+        ValueError, match=r"has 64 workers \(scaling\.workers\), each with 0\.5 CPUs .*there is room for"
+    ):
         frostline.train(job_of(tmp_path / "study", "scaling.workers=64"))
 
 

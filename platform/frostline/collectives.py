@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -38,6 +39,19 @@ def replicated(world: World, network: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the setting's name is new, and older versions lack that
         return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+
+
+def spanning_norms(world: World, backbone: nn.Module) -> nn.Module:
+    """The backbone with norm layers whose batch statistics are those of the whole batch, of which each worker has a share. Raises
+    ValueError on a CPU, where PyTorch has no such layers."""
+    if world.workers == 1:
+        return backbone
+    if world.device.type != "cuda":
+        raise ValueError(
+            'freeze.norm = "batch" with scaling.workers > 1 takes statistics over all workers, which PyTorch does on GPUs only: '
+            'use "frozen", "affine" or "recalibrate", or one worker'
+        )
+    return convert_sync_batchnorm(backbone)
 
 
 def shard(world: World, network: nn.Module) -> None:

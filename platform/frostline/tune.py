@@ -169,10 +169,10 @@ def concurrency(job: Job, gpus: float, nodes: list[Mapping[str, float]]) -> int:
     places = sum(trials_at_once(cpus, gpus, node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
     if (needed := scaling.min_workers or scaling.workers) > places:
         largest = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-        each = "a trial needs" if scaling.workers == 1 else f"a trial needs {needed} workers, each with"
+        each = "a trial needs" if scaling.workers == 1 else f"a trial has {needed} workers (scaling.workers), each with"
         held = "no node has that" if not places else f"there is room for {places}"
         raise PlacementError(
-            f"{each} {cpus:g} CPUs and {gpus:g} GPUs on one node (resources.cpus, resources.gpus, scaling.workers), "
+            f"{each} {cpus:g} CPUs and {gpus:g} GPUs on one node (resources.cpus, resources.gpus), "
             f"and {held}; the nodes have: {largest}"
         )
     return max(1, places // scaling.workers)
