@@ -153,7 +153,9 @@ def driver(tmp_path: Path) -> Iterator[Callable[[], psutil.Process]]:
 
     def start() -> psutil.Process:
         command = [sys.executable, "-m", "frostline.cli", "train", "job.toml"]
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(  # in a session of its own: Ray kills the group of a driver that was killed
+            command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         started.append(psutil.Process(process.pid))
         return started[-1]
 

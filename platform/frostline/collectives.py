@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
@@ -60,6 +61,7 @@ def shard(world: World, network: nn.Module) -> None:
     the job asks for whole copies."""
     if not world.sharded:
         return
+    network.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
     mesh = init_device_mesh(world.device.type, (world.workers,))
     for unit in [*_blocks(network), network]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
