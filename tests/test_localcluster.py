@@ -206,6 +206,23 @@ def test_a_training_goes_on_without_a_node_that_is_lost(
     assert models[0] == models[1]
 
 
+@pytest.mark.slow
+@needs_namespaces
+def test_a_training_that_may_goes_on_with_fewer_workers(cluster: Cluster, tmp_path: Path) -> None:
+    options = ("scaling.workers=3", "scaling.min_workers=2", "scaling.checkpoint_s=0", "train.epochs=30")
+    training = driver(cluster, TRAIN, str(tmp_path / "study"), *options)
+    kept = tmp_path / "study" / "checkpoints" / "train-00000-c0.safetensors"
+    wait_until(lambda: kept.exists() or training.poll() is not None, 120)
+    assert training.poll() is None, training.communicate()
+    assert all(trains(node.pid) for node in localcluster._there().nodes[1:]), "three at first"
+    localcluster.kill("node2")
+    answer(training)
+    (row,) = results.read_trials(tmp_path / "study").to_pylist()
+    assert (row["status"], row["epochs"], row["workers"], row["node"]) == ("complete", 30, 2, "node1, node3")
+    localcluster.heal("node2")
+    wait_until(lambda: localcluster._registered(cluster)["node2"])
+
+
 def trains(raylet: int) -> bool:
     """Whether a worker of Ray Train runs on the node."""
     below = psutil.Process(raylet).children(recursive=True)
