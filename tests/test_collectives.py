@@ -109,7 +109,16 @@ def test_workers_train_what_one_trains(strategy: str, workers: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"optimizer": "sgd"}, {"clip_norm": 0.1}, {"ema": 0.9}, {"wise": 0.5}, {"l2_sp": 0.1}], ids=str
+    "config",
+    [
+        {"optimizer": "sgd"},
+        {"clip_norm": 0.1},
+        {"ema": 0.9},
+        {"wise": 0.5},
+        {"l2_sp": 0.1},
+        {"class_weights": "balanced"},
+    ],
+    ids=str,
 )
 def test_so_they_do_with_everything_that_goes_by_gradients_or_weights(config: dict[str, Any]) -> None:
     freeze = freezing("full")

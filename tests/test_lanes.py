@@ -149,6 +149,7 @@ CONFIGS = st.builds(
     warmup=st.sampled_from([0.0, 0.1, 0.5]),
     schedule=st.sampled_from(["cosine", "constant"]),
     label_smoothing=st.sampled_from([0.0, 0.1, 0.5]),
+    class_weights=st.sampled_from(["none", "none", "balanced"]),
     clip_norm=st.sampled_from([None, 0.05, 1.0, 100.0]),
     ema=st.sampled_from([None, 0.5, 0.99]),
 )

@@ -4,9 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis.extra import numpy as hnp
 from scipy.special import softmax
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    f1_score,
+    log_loss,
+    roc_auc_score,
+    top_k_accuracy_score,
+)
 
-from frostline.metrics import METRICS, probabilities, scores
+from frostline.metrics import FURTHER, METRICS, probabilities, scores
 
 
 def test_the_scores_of_a_table_worked_out_by_hand() -> None:
@@ -78,3 +85,33 @@ def test_many_classes_take_no_table_of_all_pairs() -> None:
 def test_probabilities_are_the_softmax() -> None:
     logits = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
     np.testing.assert_allclose(probabilities(logits), softmax(logits.astype(np.float64), axis=1), atol=1e-7)
+
+
+@given(st.data(), st.integers(2, 8), st.integers(0, 30))
+def test_further_scores_are_scikit_learns_where_it_has_them(data: st.DataObject, classes: int, more: int) -> None:
+    labels = np.array(
+        [*range(classes), *data.draw(st.lists(st.integers(0, classes - 1), min_size=more, max_size=more))]
+    )
+    logits = data.draw(
+        hnp.arrays(np.float32, (len(labels), classes), elements=st.floats(-10, 10, width=32), unique=True)
+    )
+    likely, found = softmax(logits.astype(np.float64), axis=1), scores(logits, labels, *FURTHER)
+    assert set(found) == {*METRICS, *FURTHER}
+    both = likely[:, 1] if classes == 2 else likely
+    assert found["auroc"] == pytest.approx(roc_auc_score(labels, both, multi_class="ovr"), abs=1e-9)
+    top5 = top_k_accuracy_score(labels, logits, k=5, labels=range(classes)) if classes > 5 else 1.0
+    assert found["top5_accuracy"] == pytest.approx(top5, abs=1e-12)
+    truth = np.eye(classes)[labels]
+    assert found["brier"] == pytest.approx(((likely - truth) ** 2).sum(axis=1).mean(), abs=1e-9)
+    assert 0 <= found["ece"] <= 1
+    assert all(type(value) is float for value in found.values())
+
+
+def test_calibration_by_hand() -> None:
+    logits = np.log(np.array([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.6, 0.4]]))
+    assert scores(logits, np.array([0, 0, 1, 0]), "ece")["ece"] == pytest.approx(3 / 4 * abs(2 / 3 - 0.9) + 1 / 4 * 0.4)
+    assert scores(np.array([[30.0, 0.0]]), np.array([0]), "ece")["ece"] == pytest.approx(0, abs=1e-9)
+
+
+def test_an_area_needs_two_classes() -> None:
+    assert np.isnan(scores(np.zeros((3, 2)), np.zeros(3, int), "auroc")["auroc"])

@@ -20,6 +20,8 @@ from frostline.training import (
     NonFiniteError,
     Seeding,
     build_optimizer,
+    class_weights,
+    mean_loss,
     predict,
     rate_factor,
     train_epochs,
@@ -106,6 +108,33 @@ def test_one_step_of_sgd_is_the_step_by_hand() -> None:
         decay = 0.0 if name in applied.undecayed else 0.01
         gradient = reference.get_parameter(name).grad
         torch.testing.assert_close(parameter.detach(), before[name] - rate * (gradient + decay * before[name]))
+
+
+def test_a_rare_class_weighs_as_much_as_a_frequent_one() -> None:
+    labels = torch.tensor([0, 0, 0, 1])
+    weights = class_weights(labels, 3)
+    assert weights.tolist() == pytest.approx([4 / 9, 4 / 3, 4 / 3])
+    logits = torch.tensor([[1.0, 0.0, 0.0]] * 4, requires_grad=True)
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    mean_loss(logits, labels, 0.0, class_weights(labels, 2)).backward()
+    by_hand = torch.autograd.grad((losses * torch.tensor([2 / 3, 2 / 3, 2 / 3, 2.0])).mean(), logits)[0]
+    torch.testing.assert_close(logits.grad, by_hand)
+    assert mean_loss(logits, labels, 0.1, None) == nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+
+
+def test_balanced_weights_lift_the_recall_of_a_rare_class() -> None:
+    few = data(40)
+    rare = np.flatnonzero(few.labels.numpy() == 1)[:3]
+    kept = np.sort(np.concatenate([np.flatnonzero(few.labels.numpy() != 1), rare]))
+    train = Batches(few.fetch, kept, few.labels[torch.from_numpy(kept)])
+    found = {}
+    for weights in ("none", "balanced"):
+        network, applied = toy()
+        config = Train(epochs=3, batch_size=8, lr=0.003, head_lr=0.01, class_weights=weights)
+        run(network, applied, config, train)
+        logits = predict(network, data(40))
+        found[weights] = (logits.argmax(1) == 1)[few.labels.numpy() == 1].mean()
+    assert found["balanced"] > found["none"]
 
 
 def test_order_and_dropout_are_streams_of_their_own() -> None:

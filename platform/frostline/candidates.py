@@ -9,7 +9,7 @@ from itertools import combinations
 
 import numpy as np
 
-from frostline.spec import Metric, Mode
+from frostline.spec import LOWER_IS_BETTER, Metric, Mode
 from frostline.stats import kendall
 from frostline.text import count
 
@@ -144,7 +144,7 @@ def binomial_error(share: float, n: int) -> float:
 
 def distance(candidate: Candidate, metric: Metric, mode: Mode) -> tuple[str, float, float] | None:
     """How far source and target are: in a word, as what the features lose from the best cut to the end (0 or more, of the
-    objective), and as the loss at the end over that at the best cut (1 or more; the loss is 1 - score, or the NLL).
+    objective), and as the loss at the end over that at the best cut (1 or more; the loss is 1 - score, or the score where lower is better).
 
     `near` where the end is the best cut or cannot be told apart from it, `far` where the loss at least doubles, `some way
     off` between. None where the end has no score.
@@ -153,7 +153,7 @@ def distance(candidate: Candidate, metric: Metric, mode: Mode) -> tuple[str, flo
     if best is None or end is None:
         return None
     scores = standing(best[1]), standing(end)
-    losses = [score if metric == "nll" else 1 - score for score in scores if score is not None]
+    losses = [score if metric in LOWER_IS_BETTER else 1 - score for score in scores if score is not None]
     drop, ratio = losses[1] - losses[0], losses[1] / max(losses[0], 1e-12)
     if best[0] is candidate.places[-1] or candidate.places[-1].cut in equals(candidate, mode):
         return "near", drop, ratio
@@ -210,8 +210,9 @@ def advice(candidate: Candidate, probed: Probed) -> Iterator[tuple[str, str]]:
     if candidate.weights != "random" and (found := distance(candidate, probed.metric, probed.mode)):
         word, drop, ratio = found
         where = f"{word}: the features are best at {100 * place.cut / candidate.stages:.0f} % of the depth"
-        lost = f"add {drop:.4f} nll" if probed.metric == "nll" else f"lose {drop:.4f} {probed.metric}"
-        loss = "nll" if probed.metric == "nll" else f"1 - {probed.metric}"
+        lower = probed.metric in LOWER_IS_BETTER
+        lost = f"{'add' if lower else 'lose'} {drop:.4f} {probed.metric}"
+        loss = probed.metric if lower else f"1 - {probed.metric}"
         rest = f" and {lost} from there to the end ({loss}: {ratio:.1f} times)" if place.cut < candidate.stages else ""
         yield "source, target", where + rest
     if taus := between_methods(candidate.places, probed.mode):

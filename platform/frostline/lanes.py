@@ -24,7 +24,7 @@ from frostline.head import SeededDropout, seed_dropout
 from frostline.metrics import scores
 from frostline.outcome import EpochRecord
 from frostline.spec import Metric, Train
-from frostline.training import REMEDY, Batches, NonFiniteError, rate_factor
+from frostline.training import REMEDY, Batches, NonFiniteError, class_weights, rate_factor
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # what torch.optim.AdamW takes by default
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -108,7 +108,7 @@ def train_lanes(
                 elif not np.isfinite(logits).all():
                     what = f"validation after epoch {epoch} gives logits that are not finite"
                 else:
-                    found[number] = scores(logits, truth)
+                    found[number] = scores(logits, truth, metric)
                     continue
                 news[number] = NonFiniteError(f"{what}; {REMEDY}")
             ended = time.perf_counter()
@@ -156,7 +156,7 @@ class _Block:
     def kind(self) -> tuple[Any, ...]:
         """What the lanes of a block have in common."""
         config, shapes = self.any.config, (stack["value"].shape[1:] for stack in self.stacks)
-        extras = config.label_smoothing > 0, config.clip_norm is not None, config.ema is not None
+        extras = config.label_smoothing > 0, config.clip_norm is not None, config.ema is not None, config.class_weights
         return *shapes, config.optimizer, *extras, self.any.dropout.p > 0
 
     def each(self) -> Iterator[tuple[int, _Block]]:
@@ -217,6 +217,7 @@ class _Batch(NamedTuple):
     features: Tensor  # (B, D)
     labels: Tensor  # (B,)
     truth: Tensor  # (C, B): 1 at the label
+    weights: Tensor  # (B,): how much each sample's loss weighs where classes are balanced
 
 
 def _train_epoch(
@@ -228,10 +229,12 @@ def _train_epoch(
     tables = [_coefficients(block, first_step, len(batches)) for block in blocks]
     totals = [torch.zeros(len(block.lanes), device=train.labels.device) for block in blocks]
     classes = blocks[0].stacks[-1]["value"].shape[1]
+    weights = class_weights(train.labels, classes)
 
     def fetch(batch: np.ndarray) -> _Batch:
         features, labels = train.fetch(train.samples[batch], epoch), train.labels[batch]
-        return _Batch(features, labels, functional.one_hot(labels, classes).T.to(features.dtype).contiguous())
+        truth = functional.one_hot(labels, classes).T.to(features.dtype).contiguous()
+        return _Batch(features, labels, truth, weights[labels].to(features.dtype))
 
     for start in range(0, len(batches), VISIT):
         visit = [fetch(batch) for batch in batches[start : start + VISIT]]
@@ -306,7 +309,9 @@ def _backward(block: _Block, batch: _Batch, smoothing: Tensor, dtype: torch.dtyp
         like = features if len(values) == 2 else features.new_empty((len(features), weight.shape[2]), dtype=dtype)
         noise = torch.stack([lane.dropout.noise(like) for lane in block.lanes.values()]).mT
     logits, inputs, hidden = _logits(values, features, noise)
-    loss, gradient = _loss(widened(logits), batch, smoothing if block.any.config.label_smoothing else None)
+    config = block.any.config
+    weights = batch.weights if config.class_weights == "balanced" else None
+    loss, gradient = _loss(widened(logits), batch, smoothing if config.label_smoothing else None, weights)
 
     gradient, features = gradient.to(dtype), features.to(dtype)
     by_weight = torch.tensordot(gradient, features, 1) if inputs is None else gradient @ inputs.mT
@@ -320,15 +325,20 @@ def _backward(block: _Block, batch: _Batch, smoothing: Tensor, dtype: torch.dtyp
     return loss, [each.to(stack["value"].dtype) for each, stack in zip(gradients, block.stacks, strict=True)]
 
 
-def _loss(logits: Tensor, batch: _Batch, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean cross-entropy (L,) of (L, C, B) logits and its gradient by them."""
+def _loss(logits: Tensor, batch: _Batch, smoothing: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy (L,) of (L, C, B) logits, of which samples may weigh (B,), and its gradient by them."""
     lanes, classes, samples = logits.shape
     likely, truth = functional.log_softmax(logits, 1), batch.truth
-    loss = -likely.gather(1, batch.labels.expand(lanes, 1, samples)).mean((1, 2))
+    losses = -likely.gather(1, batch.labels.expand(lanes, 1, samples))
+    if weights is not None:
+        losses = losses * weights
+    loss = losses.mean((1, 2))
     if smoothing is not None:
-        loss = (1 - smoothing[:, 0]) * loss - smoothing[:, 0] * likely.mean((1, 2))
+        spread = likely if weights is None else likely * weights
+        loss = (1 - smoothing[:, 0]) * loss - smoothing[:, 0] * spread.mean((1, 2))
         truth = torch.lerp(truth, truth.new_tensor(1 / classes), smoothing[..., None])
-    return loss, likely.exp_().sub_(truth).div_(samples)
+    gradient = likely.exp_().sub_(truth).div_(samples)
+    return loss, gradient if weights is None else gradient.mul_(weights)
 
 
 def _update(

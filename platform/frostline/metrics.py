@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.special import log_softmax
+from scipy.stats import rankdata
 
 from frostline.spec import Metric
 
 METRICS: tuple[Metric, ...] = ("accuracy", "balanced_accuracy", "macro_f1", "nll")
+"""Those that every epoch is scored by."""
+FURTHER: tuple[Metric, ...] = ("auroc", "top5_accuracy", "ece", "brier")
+"""Those that only test is scored by, and what has one of them as its objective."""
+OF_PROBABILITIES: tuple[Metric, ...] = ("nll", "ece", "brier")
+"""Those that mean nothing where outputs order classes and are no logits of probabilities."""
+TOP, BINS = 5, 15
 
 
-def scores(logits: np.ndarray, labels: np.ndarray) -> dict[Metric, float]:
-    """All metrics of (N, C) logits against (N,) labels in 0..C-1, N at least 1.
+def scores(logits: np.ndarray, labels: np.ndarray, *also: Metric) -> dict[Metric, float]:
+    """The METRICS, and those of FURTHER that are asked for, of (N, C) logits against (N,) labels in 0..C-1, N at least 1.
 
     Balanced accuracy is the mean recall over the classes that occur in `labels`; macro F1 averages over the classes that
-    occur in labels or predictions, as scikit-learn does; nll is the mean negative log-likelihood in nats.
+    occur in labels or predictions, as scikit-learn does; nll is the mean negative log-likelihood in nats. For the others see
+    `auroc`, `top5_accuracy`, `ece` and `brier`.
     """
     n, classes = logits.shape
     by_class = np.ascontiguousarray(logits.T, np.float64)  # NumPy reduces a short last axis four times slower
@@ -23,12 +31,55 @@ def scores(logits: np.ndarray, labels: np.ndarray) -> dict[Metric, float]:
     hits = np.bincount(labels[predicted == labels], minlength=classes)
     actual, called = np.bincount(labels, minlength=classes), np.bincount(predicted, minlength=classes)
     seen, either = actual > 0, actual + called > 0
-    return {
+    found: dict[Metric, float] = {
         "accuracy": float(hits.sum() / n),
         "balanced_accuracy": float((hits[seen] / actual[seen]).mean()),
         "macro_f1": float((2 * hits[either] / (actual + called)[either]).mean()),
         "nll": float(losses.mean()),
     }
+    return found | {name: _FURTHER[name](logits, labels) for name in also if name in _FURTHER}
+
+
+def auroc(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The area under the receiver operating characteristic of each class against the others, by its probability, averaged over
+    the classes that occur in `labels` (Hand and Till 2001 discuss the kinds); of two classes it is that of either. NaN where only
+    one occurs."""
+    likely = np.exp(log_softmax(logits.astype(np.float64), axis=1))
+    areas = []
+    for label in np.unique(labels):
+        positive = labels == label
+        ones = int(positive.sum())
+        if (zeros := len(labels) - ones) == 0:
+            return float("nan")
+        ranks = rankdata(likely[:, label])
+        areas.append((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * zeros))
+    return float(np.mean(areas))
+
+
+def top5_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The share of samples of which fewer than five classes have a higher logit than the true one."""
+    own = logits[np.arange(len(labels)), labels][:, None]
+    return float(((logits > own).sum(axis=1) < TOP).mean())
+
+
+def ece(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The expected calibration error (Guo et al. 2017): how far accuracy lies from confidence, in 15 bins of equal width,
+    weighted by their samples."""
+    likely = np.exp(log_softmax(logits.astype(np.float64), axis=1))
+    confidence, hit = likely.max(axis=1), likely.argmax(axis=1) == labels
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gaps = np.bincount(bins, hit - confidence, minlength=BINS)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def brier(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The mean squared distance of the probabilities from the truth, summed over classes (Brier 1950): from 0 to 2."""
+    likely = np.exp(log_softmax(logits.astype(np.float64), axis=1))
+    likely[np.arange(len(labels)), labels] -= 1
+    return float(np.square(likely).sum(axis=1).mean())
+
+
+_FURTHER = {"auroc": auroc, "top5_accuracy": top5_accuracy, "ece": ece, "brier": brier}
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIss
 from frostline.closedform import lda, ridge
 from frostline.data import Dataset, at_most, subset
 from frostline.features import Feed
-from frostline.metrics import scores
+from frostline.metrics import METRICS, scores
 from frostline.spec import TrialSpec
 from frostline.trial import origin_of
 from frostline.work import Probe
@@ -43,11 +43,11 @@ def probe(question: Probe, feed: Feed, world: World) -> list[dict[str, Any]]:
             row |= {"features": features.shape[1], "n_train": len(train), "n_val": len(val)}
             try:
                 head = fit(features, labels, len(dataset.classes))
-                found = scores(head(shown).numpy(), truth)
+                found = scores(head(shown).numpy(), truth, spec.objective.metric)
             except LinAlgError as error:
                 row["reason"] = str(error)[:500]
             else:
-                row |= {f"val_{name}": value for name, value in found.items()}
+                row |= {f"val_{name}": found[name] for name in METRICS}
                 row |= {"strength": head.strength, "val_score": found[spec.objective.metric]}
             rows.append(row | {"seconds": time.perf_counter() - started})
     return rows

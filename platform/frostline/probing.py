@@ -26,7 +26,7 @@ from frostline.data import Dataset
 from frostline.extract import Need, extract, supply
 from frostline.features import Feed, Origin
 from frostline.measure import resumable
-from frostline.metrics import scores
+from frostline.metrics import OF_PROBABILITIES, scores
 from frostline.neighbours import nearest_mean, nearest_neighbours
 from frostline.prepare import Prepared, prepare
 from frostline.probes import fitted_to
@@ -216,16 +216,15 @@ def score_head(
     fit = METHODS[method]
     try:
         head = fit(inputs, labels, classes)
-        found = scores(head(shown).numpy(), truth)
+        found = scores(head(shown).numpy(), truth, metric)
         left_out = torch.zeros(len(inputs), classes, dtype=torch.float64)
         for kept, held in folds:
             left_out[held] = fit(inputs[kept], labels[kept], classes)(inputs[held]).double()
     except LinAlgError as error:
         return HeadScore(method, None, None, None, reason=str(error)[:500])
-    inner = scores(left_out.numpy(), labels.numpy()) if folds else {}
+    inner = scores(left_out.numpy(), labels.numpy(), metric) if folds else {}
     if method not in PROBABLE:
-        found.pop("nll")
-        inner.pop("nll", None)
+        found, inner = ({name: each[name] for name in each if name not in OF_PROBABILITIES} for each in (found, inner))
     if not all(map(math.isfinite, [*found.values(), *inner.values()])):
         return HeadScore(method, head.strength, None, None, reason="its scores are not finite numbers")
     losses = losses_of(left_out, labels, metric) if metric in inner else None
@@ -233,8 +232,8 @@ def score_head(
 
 
 def losses_of(logits: Tensor, labels: Tensor, metric: Metric) -> np.ndarray:
-    """(N,) losses of (N, C) logits for (N,) labels: NLL under that metric, else 1 where the class is wrong."""
-    if metric == "nll":
+    """(N,) losses of (N, C) logits for (N,) labels: NLL under metrics of probabilities, else 1 where the class is wrong."""
+    if metric in OF_PROBABILITIES:
         return functional.cross_entropy(logits, labels, reduction="none").numpy()
     return (logits.argmax(dim=1) != labels).double().numpy()
 

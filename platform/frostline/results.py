@@ -98,7 +98,7 @@ SCHEMAS = {
         int32   batch_size epochs epochs_asked
         float64 val_score last_score best_epoch_score
         int32   best_epoch
-        float64 val_nll test_score test_nll test_accuracy test_balanced_accuracy test_macro_f1
+        float64 val_nll test_score test_nll test_accuracy test_balanced_accuracy test_macro_f1 test_auroc test_top5_accuracy test_ece test_brier
         int64   n_train n_val n_test
         float64 seconds spent_s alone_s seconds_data seconds_setup seconds_train seconds_eval
         int64   images_forward images_backward

@@ -16,7 +16,7 @@ import torch
 from frostline.backbone import Backbone, BackboneError
 from frostline.data import DataError, Dataset
 from frostline.freeze import Applied, FreezeError, Network, Plan, stage_rates
-from frostline.metrics import probabilities, scores
+from frostline.metrics import FURTHER, probabilities, scores
 from frostline.outcome import EpochRecord, asked
 from frostline.spec import Train, TrialSpec
 from frostline.training import Batches, NonFiniteError
@@ -84,7 +84,7 @@ def failure(error: Exception) -> dict[str, Any]:
 
 def score_on_test(spec: TrialSpec, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """The columns of a confirmation's scores on test."""
-    found = scores(logits, labels)
+    found = scores(logits, labels, *FURTHER)
     named = {f"test_{name}": value for name, value in found.items()}
     return {**named, "test_score": found[spec.objective.metric], "n_test": len(labels)}
 

@@ -33,6 +33,7 @@ _FINAL = (
         "test_nll",
         "test_accuracy",
     ),
+    *("test_auroc", "test_top5_accuracy", "test_ece", "test_brier"),
     *("test_balanced_accuracy", "test_macro_f1", "epochs", "seconds", "spent_s", "alone_s", "peak_mib"),
     *("trainable_params", "total_params"),
 )

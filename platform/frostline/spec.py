@@ -42,7 +42,8 @@ Strategy = Literal[
 ]
 Sampler = Literal["tpe", "random", "qmc", "grid"]
 Round = Literal["search", "confirm"]
-Metric = Literal["accuracy", "balanced_accuracy", "macro_f1", "nll"]
+Metric = Literal["accuracy", "balanced_accuracy", "macro_f1", "nll", "auroc", "top5_accuracy", "ece", "brier"]
+LOWER_IS_BETTER: tuple[Metric, ...] = ("nll", "ece", "brier")
 Mode = Literal["max", "min"]
 
 
@@ -195,6 +196,9 @@ class Train(Frozen):
     """How the learning rates go on after the warm-up."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each target that is spread evenly over all classes, in the training loss only."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` weighs a sample's training loss by how rare its class is in the train split, samples / (classes x samples of
+    that class), for skewed data; validation and test are never weighed."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient over all trainable parameters; not clipped when not given."""
     l2_sp: float = Field(default=0.0, ge=0, le=10)
@@ -293,13 +297,14 @@ class Scaling(Frozen):
 
 class Objective(Frozen):
     metric: Metric = "accuracy"
-    """The score that is searched for and compared; `nll` is the mean negative log-likelihood in nats."""
+    """The score that is searched for and compared. `nll` is the mean negative log-likelihood in nats; `auroc` is averaged over classes,
+    each against the others; `ece` is the calibration error in 15 bins; `brier` the squared distance of the probabilities."""
     mode: Mode | None = None
     """`max` or `min`; the metric's own direction when not given."""
 
     @model_validator(mode="after")
     def _direction(self) -> Objective:
-        natural = "min" if self.metric == "nll" else "max"
+        natural = "min" if self.metric in LOWER_IS_BETTER else "max"
         if self.mode not in (None, natural):
             raise ValueError(
                 f"{self.metric} is better when it is {'lower' if natural == 'min' else 'higher'}: mode must be {natural!r} or left out"

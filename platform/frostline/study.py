@@ -484,7 +484,7 @@ def _epoch_row(trial_id: str, record: EpochRecord, seq: int, heard_seq: int, sto
         "train_loss": record.train_loss,
         "val_loss": record.val["nll"],
         "val_score": record.val_score,
-        **{f"val_{name}": value for name, value in record.val.items() if name != "nll"},
+        **{f"val_{name}": record.val[name] for name in ("accuracy", "balanced_accuracy", "macro_f1")},
         "lr": record.lr,
         "head_lr": record.head_lr,
         "seconds": record.seconds,

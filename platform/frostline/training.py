@@ -103,6 +103,7 @@ class Training:
         self.order = np.random.default_rng(seeding.order)
         self.per_epoch = -(-len(train.samples) // config.batch_size)
         self.factor = 0.0
+        self.weights = class_weights(train.labels, outputs(network)) if config.class_weights == "balanced" else None
         self.records: list[EpochRecord] = []
         self.go_on: Callable[[], None] | None = None
         """Lays what was saved over the first phase that begins."""
@@ -201,9 +202,7 @@ class Training:
             with nullcontext() if number == len(pieces) else unsynchronised(self.model):
                 with mixed(train.labels.device, self.autocast):
                     logits = self.model(train.fetch(train.samples[samples], epoch))
-                    loss = functional.cross_entropy(
-                        widened(logits), train.labels[samples], label_smoothing=self.config.label_smoothing
-                    )
+                    loss = mean_loss(widened(logits), train.labels[samples], self.config.label_smoothing, self.weights)
                 (loss * (counted * self.world.workers / size)).backward()
             losses += loss.detach() * counted
         return losses
@@ -215,7 +214,7 @@ class Training:
             logits = predict(self.network, self.val, self.autocast, world=self.world)
         if not np.isfinite(logits).all():
             raise NonFiniteError(f"validation after epoch {epoch} gives logits that are not finite; {REMEDY}")
-        val_scores = scores(logits, self.val.labels.cpu().numpy())
+        val_scores = scores(logits, self.val.labels.cpu().numpy(), self.metric)
         finished = self.clock()
         return EpochRecord(
             epoch=epoch,
@@ -229,6 +228,28 @@ class Training:
             seconds=finished - started,
             eval_seconds=finished - eval_started,
         )
+
+
+def outputs(network: Network) -> int:
+    """How many classes its head tells apart."""
+    last = network.head[-1]
+    assert isinstance(last, nn.Linear)
+    return last.out_features
+
+
+def class_weights(labels: Tensor, classes: int) -> Tensor:
+    """(C,) samples / (classes x samples of the class), for (N,) labels: of all samples together they weigh 1 on average, if every
+    class occurs."""
+    counts = torch.bincount(labels, minlength=classes).clamp(min=1)
+    return (len(labels) / (classes * counts)).to(torch.get_default_dtype())
+
+
+def mean_loss(logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None) -> Tensor:
+    """The mean cross-entropy of (N, C) logits with smoothed (N,) labels, each sample's being weighed by its class."""
+    if weights is None:
+        return functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+    losses = functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    return (losses * weights[labels].to(losses.dtype)).mean()
 
 
 def _pieces(rows: slice, size: int | None) -> Iterator[slice]:
