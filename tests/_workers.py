@@ -33,7 +33,7 @@ def together(workers: int, work: Callable[..., Any], *arguments: Any, sharded: b
             found.append((process, mine))
         answers = [pickle.loads(mine.recv_bytes()) for _, mine in found]
         for process, _ in found:
-            process.join(30)
+            process.join(60)
     problems = [answer for answer, sound in answers if not sound]
     assert not problems, "\n".join(problems)
     return [answer for answer, _ in answers]
@@ -43,7 +43,7 @@ def _run(mine: Connection, folder: str, world: World, work: Callable[..., Any], 
     torch.set_num_threads(1)
     torch.backends.mha.set_fastpath_enabled(False)
     dist.init_process_group(
-        "gloo", f"file://{folder}/meeting", timedelta(seconds=60), rank=world.rank, world_size=world.workers
+        "gloo", f"file://{folder}/meeting", timedelta(seconds=300), rank=world.rank, world_size=world.workers
     )
     try:
         answer = work(world, *arguments), True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy.special import log_softmax
 from scipy.stats import rankdata
@@ -37,7 +39,10 @@ def scores(logits: np.ndarray, labels: np.ndarray, *also: Metric) -> dict[Metric
         "macro_f1": float((2 * hits[either] / (actual + called)[either]).mean()),
         "nll": float(losses.mean()),
     }
-    return found | {name: _FURTHER[name](logits, labels) for name in also if name in _FURTHER}
+    for name in also:
+        if name in _FURTHER:
+            found[name] = _FURTHER[name](logits, labels)
+    return found
 
 
 def auroc(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -79,7 +84,7 @@ def brier(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.square(likely).sum(axis=1).mean())
 
 
-_FURTHER = {"auroc": auroc, "top5_accuracy": top5_accuracy, "ece": ece, "brier": brier}
+_FURTHER: dict[Metric, Callable[[np.ndarray, np.ndarray], float]] = {"auroc": auroc, "top5_accuracy": top5_accuracy, "ece": ece, "brier": brier}
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

@@ -224,7 +224,9 @@ def score_head(
         return HeadScore(method, None, None, None, reason=str(error)[:500])
     inner = scores(left_out.numpy(), labels.numpy(), metric) if folds else {}
     if method not in PROBABLE:
-        found, inner = ({name: each[name] for name in each if name not in OF_PROBABILITIES} for each in (found, inner))
+        for name in OF_PROBABILITIES:
+            found.pop(name, None)
+            inner.pop(name, None)
     if not all(map(math.isfinite, [*found.values(), *inner.values()])):
         return HeadScore(method, head.strength, None, None, reason="its scores are not finite numbers")
     losses = losses_of(left_out, labels, metric) if metric in inner else None
