@@ -15,7 +15,7 @@ from PIL import Image
 
 from _studies import write_study
 from frostline import results
-from frostline.cli import build_parser, main
+from frostline.cli import _parsed, build_parser, main
 from frostline.store import Store, key_of
 from frostline.testing import TOY_BACKBONE, image_folder
 
@@ -349,3 +349,11 @@ def test_weights_from_a_local_file(job: str) -> None:
         )
         == 2
     )
+
+
+def test_overrides_may_stand_behind_options() -> None:
+    words = ["train", "job.toml", "--inline", "train.lr=1e-3", "confirm.seeds=2"]
+    assert _parsed(words).overrides == ["train.lr=1e-3", "confirm.seeds=2"]
+    for wrong in (["results", "study", "a=b"], ["train", "job.toml", "--inline", "--wrong=1"]):
+        with pytest.raises(SystemExit):
+            _parsed(wrong)

@@ -40,6 +40,8 @@ from frostline.estimate import (
     mean_bytes,
     stage_times,
 )
+from frostline.fixed import fixed_job
+from frostline.jobfile import parse_job
 from frostline.plan import render_plan
 from frostline.prepare import prepare
 from frostline.propose import SpaceError
@@ -399,11 +401,14 @@ def test_a_plan_fits_100_columns_and_says_what_it_stands_on(tmp_path: Path) -> N
     assert not (tmp_path / "study").exists()
 
 
-def test_a_job_without_arms_gets_its_stage_table(tmp_path: Path) -> None:
-    text = plan(toy_job(tmp_path, arms={}))
+def test_a_training_has_a_plan_too(tmp_path: Path) -> None:
+    raw = toy_job(tmp_path, arms={}).model_dump(mode="json", exclude_unset=True)
+    text = plan(fixed_job(parse_job({key: raw[key] for key in raw if key not in ("arms", "search", "confirm")})))
     assert "block2" in text
-    assert "There is nothing to search" in text
-    assert "at most" not in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "trials 0 0" in lines
+    assert "confirmations 1 1" in lines
+    assert "images backward 300 300" in lines
 
 
 def test_a_plan_says_of_each_cut_whether_it_is_stored_and_why(tmp_path: Path) -> None:
@@ -419,7 +424,7 @@ def test_a_plan_says_of_each_cut_whether_it_is_stored_and_why(tmp_path: Path) ->
 
 def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "[bold]photos\x1b[31m")
-    job = toy_job(tmp_path / "study", data={"path": str(folder), "image_size": 16}, arms={})
+    job = toy_job(tmp_path / "study", data={"path": str(folder), "image_size": 16})
     text = plan(job, width=400)
     assert "[bold]photos\N{REPLACEMENT CHARACTER}[31m" in text
     assert "\x1b" not in text

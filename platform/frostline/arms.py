@@ -163,7 +163,7 @@ def read_study(path: str | Path) -> StudyResult:
         mode, stages = objective["mode"], len(facts["stages"])
         task = (facts["data_hash"], facts["split_hash"], per_class)
         about = {"name": job["name"], "data": job["data"]["path"], "metric": objective["metric"]}
-        seeds, hardware = job["confirm"]["seeds"], facts["hardware"]
+        seeds, hardware, searches = job["confirm"]["seeds"], facts["hardware"], job["search"]["trials"] > 0
     except (KeyError, TypeError, ValueError) as error:
         raise results.foreign(Path(path) / "job.json", error, "compare") from None
     rows = _rows(results.read_trials(path).select(_COLUMNS))
@@ -171,6 +171,13 @@ def read_study(path: str | Path) -> StudyResult:
     values = dict(zip(asked["trial_id"], map(json.loads, asked["params"]), strict=True))
     search = [row | {"values": values.get(row["trial_id"], {})} for row in rows if row["round"] == "search"]
     chosen = {best.trial_id for best in choose_finalists([remember(row) for row in search], "arms", mode)}
+    fixed: dict[str, dict[str, Any]] = {}  # what stands for the one configuration of each arm, if nothing is searched
+    if not searches:
+        asked_for = [row for row in rows if row["round"] == "confirm"]
+        fixed = {
+            row["arm"]: row | {"trial_id": row["finalist_of"], "values": {}, "val_score": None} for row in asked_for
+        }
+        chosen = {row["trial_id"] for row in fixed.values()}
     confirmed = [row for row in rows if row["finalist_of"] in chosen]
     answers = read_answers(path, [row["trial_id"] for row in confirmed])
     pool, overlap = _overlap(path, per_class) if confirmed else (None, 1.0)
@@ -182,7 +189,7 @@ def read_study(path: str | Path) -> StudyResult:
     found = []
     for name, arm in arms.items():
         own = [row for row in search if row["arm"] == name]
-        best = next((row for row in own if row["trial_id"] in chosen), None)
+        best = next((row for row in own if row["trial_id"] in chosen), fixed.get(name))
         seeded = [
             _confirmation(row, answers, curves) for row in confirmed if best and row["finalist_of"] == best["trial_id"]
         ]

@@ -23,6 +23,7 @@ import frostline
 from frostline import cluster_commands, results
 from frostline.commit import StudyBusy
 from frostline.files import locate
+from frostline.fixed import fixed_job
 from frostline.jobfile import load_job
 from frostline.reference import starter_job
 from frostline.spec import Job
@@ -34,7 +35,7 @@ OVERRIDE_HELP = "dotted job keys laid over the file, for example train.lr=1e-3 o
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and answer its exit status: 0 done, 1 failed, 2 a mistake in the input, 130 and 143 interrupted."""
-    arguments = build_parser().parse_args(argv)
+    arguments = _parsed(argv)
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     received: list[int] = []
 
@@ -65,6 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # with a signal behind it, SystemExit is Ray's way to say KeyboardInterrupt
         errors.print("frostline: interrupted; what had finished is kept, and the same command goes on from there")
         return 128 + received[-1]
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may stand behind options, where argparse does not look for them."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not ("overrides" in arguments and all("=" in word and not word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -294,7 +306,8 @@ def _show_end(study: Path) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     from frostline.plan import render_plan
 
-    render_plan(load_job(arguments.job, arguments.overrides), _stdout())
+    job = load_job(arguments.job, arguments.overrides)
+    render_plan(job if job.arms else fixed_job(job), _stdout())
     return 0
 
 

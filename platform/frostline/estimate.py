@@ -176,7 +176,7 @@ def estimate(
     backbone once, for heads in closed form and for what is stored on the way; for confirmations test passes to the deepest
     cut that is stored, and so does what their own subsets and views add. Trials that train together take less than that.
     """
-    arms, each_arm = list(job.arms.values()), job.confirm.finalists == "arms"
+    arms, each_arm = list(job.arms.values()), job.confirm.finalists == "arms" or not job.search.trials
     share = job.search.trials // len(arms)
     trials, confirmations = share * len(arms), job.confirm.seeds * (len(arms) if each_arm else 1)
     longest = [_largest(job, arm, "train.epochs") for arm in arms]
@@ -204,7 +204,7 @@ def estimate(
         confirm = confirmations * np.mean(finalists, axis=0)
         rounds = math.ceil(confirmations / slots) / max(1, confirmations)
         forward, backward, device_s = map(float, search + confirm)
-        return Cost(forward, backward, device_s, float(search[2] / min(slots, trials) + confirm[2] * rounds))
+        return Cost(forward, backward, device_s, float(search[2] / max(1, min(slots, trials)) + confirm[2] * rounds))
 
     finals = works(longest, confirm=True, dearest=True)
     at_most = cost(works(longest, dearest=True), finals if each_arm else [max(finals, key=itemgetter(2))])

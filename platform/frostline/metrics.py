@@ -84,7 +84,12 @@ def brier(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.square(likely).sum(axis=1).mean())
 
 
-_FURTHER: dict[Metric, Callable[[np.ndarray, np.ndarray], float]] = {"auroc": auroc, "top5_accuracy": top5_accuracy, "ece": ece, "brier": brier}
+_FURTHER: dict[Metric, Callable[[np.ndarray, np.ndarray], float]] = {
+    "auroc": auroc,
+    "top5_accuracy": top5_accuracy,
+    "ece": ece,
+    "brier": brier,
+}
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

@@ -46,12 +46,11 @@ def render_plan(job: Job, console: Console) -> None:
     )
     console.print(_stage_table(stages), "", _facts(_about(prepared, stages, sizes)), sep="\n")
     for name, arm in job.arms.items():
-        title = plain(f"arm {name}: {arm.strategy}, {proposers[name].kind} sampler, {share:,} trials")
+        title = plain(
+            f"arm {name}: {arm.strategy}, {proposers[name].kind} sampler, {share:,} trials" if share else arm.strategy
+        )
         console.print("", title, _facts(_space(job, arm, depths)), sep="\n")
     console.print()
-    if not job.arms:
-        console.print(plain("There is nothing to search: add [arms.NAME] with a strategy and a space."))
-        return
     times = stage_times(prepared)
     choices = cut_choices(prepared, times)
     stored = {choice.cut: choice.image_bytes or 0 for choice in choices if choice.stored}

@@ -457,7 +457,7 @@ def _summary(found: Mapping[str, Any], study: Path) -> Iterable[str]:
     search, confirm = found["counts"]["search"], found["counts"]["confirm"]
     if not any((*search.values(), *confirm.values())):
         yield "No trial has finished yet."
-    else:
+    if any(search.values()):
         yield "search: " + ", ".join(f"{n} {status}" for status, n in search.items())
     if any(confirm.values()):
         yield "confirm: " + ", ".join(f"{n} {status}" for status, n in confirm.items())

@@ -27,6 +27,7 @@ from frostline.claim import record_job, take_lease
 from frostline.commit import clean, publish_folder
 from frostline.costs import alone_seconds, times_of
 from frostline.depths import cut_of, end_of
+from frostline.files import locate
 from frostline.finalists import Finished, best_of, best_probe, choose_finalists, fixed, remember
 from frostline.keeping import drop_checkpoint, read_checkpoint, write_checkpoint
 from frostline.ledger import Ledger
@@ -93,7 +94,7 @@ class Study:
             self.held = ExitStack()
             self.ledger = Ledger(self.folder)
             beside = job.scaling.checkpoints
-            self.checkpoints = f"{beside}/{job.name}" if beside else str(self.folder / "checkpoints")
+            self.checkpoints = locate(beside) / job.name if beside else locate(str(self.folder / "checkpoints"))
             self.seq = 0
             self.opened = time.monotonic()
             self._restore()

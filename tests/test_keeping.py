@@ -1,0 +1,93 @@
+"""Where checkpoints lie: written whole, read back, and gone when their trial has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+import frostline
+from frostline import results
+from frostline.files import locate
+from frostline.keeping import drop_checkpoint, read_checkpoint, write_checkpoint
+from frostline.study import Study
+from frostline.testing import toy_job
+
+
+@pytest.fixture(scope="module")
+def uri() -> Iterator[str]:
+    """A bucket of a real S3 endpoint."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    client = boto3.client(
+        "s3",
+        endpoint_url=f"http://{host}:{port}",
+        aws_access_key_id="k",
+        aws_secret_access_key="s",
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket="kept")
+    yield f"s3://k:s@kept/deep?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+@pytest.mark.parametrize("where", ["folder", "uri"])
+def test_the_latest_checkpoint_is_read_until_it_is_dropped(tmp_path: Path, uri: str, where: str) -> None:
+    folder = locate(uri if where == "uri" else str(tmp_path / "deep")) / "study"
+    assert read_checkpoint(folder, "a-00000") is None
+    drop_checkpoint(folder, "a-00000")
+    for checkpoint in (b"one", b"two" * 1000):
+        write_checkpoint(folder, "a-00000", checkpoint)
+        assert read_checkpoint(folder, "a-00000") == checkpoint
+    assert read_checkpoint(folder, "a-00001") is None
+    drop_checkpoint(folder, "a-00000")
+    assert read_checkpoint(folder, "a-00000") is None
+
+
+@pytest.mark.parametrize("where", ["folder", "uri"])
+def test_a_study_that_was_interrupted_goes_on_from_what_was_kept(
+    tmp_path: Path, uri: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its third epoch never comes to an end the first time; the second time the first two are not trained again."""
+    kept = [f"scaling.checkpoints={uri}"] if where == "uri" else []
+    arms = {"full": {"strategy": "full"}}
+    options = [
+        "search.trials=0",
+        "confirm.seeds=1",
+        "scaling.checkpoint_s=0",
+        "train.epochs=4",
+        "features.cache=none",
+        *kept,
+    ]
+    job = toy_job(tmp_path / "study", options, arms=arms)
+    report = Study.report
+
+    def interrupted(study: Study, records: dict) -> dict:
+        if any(record.epoch == 3 for record in records.values()):
+            raise KeyboardInterrupt
+        return report(study, records)
+
+    monkeypatch.setattr(Study, "report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        frostline.search(job, inline=True)
+    heard: list[int] = []
+
+    def heard_of(study: Study, records: dict) -> dict:
+        heard.extend(record.seconds for record in records.values())
+        return report(study, records)
+
+    monkeypatch.setattr(Study, "report", heard_of)
+    frostline.search(job, inline=True)
+    assert len(heard) == 4
+    (row,) = results.read_trials(job.folder).to_pylist()
+    assert (row["status"], row["epochs"]) == ("complete", 4)
+    rows = results.read_epochs(job.folder).to_pylist()
+    assert sorted(each["epoch"] for each in rows) == [1, 2, 3, 4]
+    assert row["seconds_train"] < sum(heard), "two of the four were trained before"
+    undisturbed = frostline.search(toy_job(tmp_path / "other" / "study", options[:5], arms=arms), inline=True)
+    models = [(folder / "bundle" / "model.safetensors").read_bytes() for folder in (job.folder, undisturbed)]
+    assert models[0] == models[1]
