@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from frostline.backbone import Backbone
+from frostline.backbone import Backbone, Triple
 from frostline.closedform import pooled, pooled_width
 from frostline.cuts import Cut, cut_at, cuts_at, emit, widened
 from frostline.data import Dataset
@@ -60,8 +60,7 @@ class Origin:
 
     def rounding(self, index: int) -> Cut | None:
         """The cut at which a live pass rounds its activations, as storing them would; None where that changes nothing."""
-        exact = self.autocast is None and getattr(torch, self.dtype) == torch.get_default_dtype()
-        return None if index == 0 or exact else cut_at(self.backbone, self.dataset.pixels.shape[1], index)
+        return rounded_at(self.backbone, self.dataset.pixels.shape[1], index, self.dtype, self.autocast)
 
     def about(self, cut: int, view: int | None, *, mean: bool = False) -> dict[str, Any]:
         """Everything that could change an activation, or its `mean` over positions (P12), as JSON values."""
@@ -101,18 +100,7 @@ class Origin:
         pixels = self.dataset.pixels[samples]  # (B, H, W, 3) uint8
         if view is not None:
             pixels = augmented(pixels, samples, view, self.augment, self.augment_seed)
-        mean, std = (
-            255 * torch.tensor(each, device=self.device).view(1, 3, 1, 1)
-            for each in (self.backbone.mean, self.backbone.std)
-        )
-        return (
-            torch.from_numpy(pixels)
-            .to(self.device)
-            .permute(0, 3, 1, 2)
-            .to(torch.get_default_dtype())
-            .sub_(mean)
-            .div_(std)
-        )
+        return normalised(pixels, self.backbone.mean, self.backbone.std, self.device)
 
     def view(self, epoch: int) -> int | None:
         """The view that an epoch shows; none in epoch 0."""
@@ -222,6 +210,19 @@ class Feed:
     def forget_passes(self) -> None:
         """What trials asked of live passes is over with them."""
         self._passed_cuts, self._passed = frozenset(), (None, {})
+
+
+def normalised(pixels: np.ndarray, mean: Triple, std: Triple, device: torch.device) -> Tensor:
+    """(B, H, W, 3) uint8 pixels as (B, 3, H, W) float32 images on the device, channels last in memory."""
+    middle, scale = (255 * torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (mean, std))
+    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+    return images.to(torch.get_default_dtype()).sub_(middle).div_(scale)
+
+
+def rounded_at(backbone: Backbone, image_size: int, index: int, dtype: str, autocast: torch.dtype | None) -> Cut | None:
+    """The cut at which a live pass rounds its activations to `dtype`, as storing them would; None where that changes nothing."""
+    exact = autocast is None and getattr(torch, dtype) == torch.get_default_dtype()
+    return None if index == 0 or exact else cut_at(backbone, image_size, index)
 
 
 def on_device(backbone: Backbone, device: torch.device) -> nn.Module:
