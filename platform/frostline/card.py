@@ -36,7 +36,7 @@ def model_card(spec: TrialSpec, stages: Sequence[str], classes: Sequence[str], r
         "---",
         f"# {spec.trial_id}",
         "",
-        f"`{_plain(spec.backbone.name)}` fine-tuned on `{_plain(data)}` with [Frostline](https://pypi.org/project/frostline/).",
+        f"`{_plain(spec.backbone.name)}` fine-tuned on `{_plain(data)}` with Frostline.",
         "",
         f"- **Strategy**: `{config.freeze.strategy}`: {frozen}, norm layers `{config.freeze.norm}`.",
         f"- **Head**: {layer}, after stage {row['head_depth']} of {len(stages)}.",

@@ -21,6 +21,7 @@ from frostline.tune import cluster
 
 import ray  # isort: skip (as `tune` has set it up)
 import ray.data  # isort: skip
+from ray.exceptions import RayError  # isort: skip
 
 from frostline.bundle import load_bundle
 from frostline.commit import publish_folder, published
@@ -28,6 +29,10 @@ from frostline.images import BadImage
 from frostline.parts import Part, Work, batch_of, decoded, predict_part
 from frostline.spec import Resources
 from frostline.world import gpus_of_a_trial
+
+
+class PoolError(RuntimeError):
+    """Actors or tasks that Ray could not keep alive."""
 
 
 class PartPredictor:
@@ -91,8 +96,17 @@ def predict_on_ray(
                 num_gpus=gpus,
             )
         )
-        for row in rows.iter_rows():
-            keep(int(row["part"]), Part(_from_bytes(row["predictions"]), _from_bytes(row["unreadable"])))
+        try:
+            for row in rows.iter_rows():
+                keep(int(row["part"]), Part(_from_bytes(row["predictions"]), _from_bytes(row["unreadable"])))
+        except RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, ValueError):
+                raise cause from None
+            raise PoolError(
+                f"Ray Data could not go on: {str(error).strip().splitlines()[-1]}. What is committed stays; the same command goes "
+                "on from there"
+            ) from error
 
 
 def _read_part(row: dict[str, Any], held: list[Any]) -> dict[str, Any]:
