@@ -235,10 +235,10 @@ def test_a_batch_that_memory_does_not_hold_goes_in_halves(bundle: Path, monkeypa
     pixels = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
     expected = loaded.pass_through(pixels)[0]
 
-    def small(self: Bundle, given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def small(self: Bundle, given: np.ndarray, *, fill: bool) -> tuple[np.ndarray, np.ndarray]:
         if len(given) > 16:
             raise torch.OutOfMemoryError
-        return whole(self, given)
+        return whole(self, given, fill=fill)
 
     monkeypatch.setattr(Bundle, "pass_through", small)
     halves = parts.pass_fitting(loaded, pixels)

@@ -28,7 +28,7 @@ from frostline.collectives import full
 from frostline.commit import published, verify_folder
 from frostline.cuts import Cut, cut_at, leave_at, round_at, widened
 from frostline.depths import end_of
-from frostline.features import EVAL_BATCH, normalised, on_device, rounded_at
+from frostline.features import EVAL_BATCH, filled, normalised, on_device, rounded_at
 from frostline.files import locate, read_bytes
 from frostline.freeze import Applied, Network, Plan, apply_plan, compile_plan, pretrained_names, whole
 from frostline.head import build_head
@@ -102,8 +102,8 @@ class Bundle:
     def predict(self, images: Iterable[Picture], *, batch_size: int = EVAL_BATCH) -> Predicted:
         """Labels and probabilities of images, which are decoded, fitted and normalised as in training; N may be 0.
 
-        With the default batch size the logits of the trial's test images, in their order, are the trial's own to the bit on the
-        same hardware. Raises BadImage, naming the image, where one cannot be used.
+        Of EVAL_BATCH images or more, with the default batch size, the logits are to the bit those that the trial gave or would have
+        given, on the same hardware; fewer take a smaller pass, which differs in the last bits. Raises BadImage, naming the image, where one cannot be used.
         """
         logits, held = [np.empty((0, len(self.classes)), np.float32)], []
         for number, image in enumerate(images):
@@ -116,7 +116,7 @@ class Bundle:
                 logits.append(self.pass_through(np.stack(held))[0])
                 held = []
         if held:
-            logits.append(self.pass_through(np.stack(held))[0])
+            logits.append(self.pass_through(np.stack(held), fill=len(logits) > 1)[0])
         found = np.concatenate(logits)
         labels = [self.classes[label] for label in found.argmax(axis=1)]
         return Predicted(labels, probabilities(found), found)
@@ -136,14 +136,15 @@ class Bundle:
             raise BadImage(f"an array {list(image.shape)} of {image.dtype}: give (H, W, 3) or (H, W) uint8")
         return fitted(Image.fromarray(np.ascontiguousarray(image)), size=self.size, fit=self.fit)
 
-    def pass_through(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N, C) logits and the (N, D) features that the head is given, of (N, size, size, 3) uint8 pixels, in one batch."""
-        shown = self.about["preprocessing"]
+    def pass_through(self, pixels: np.ndarray, *, fill: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """(N, C) logits and the (N, D) features that the head is given, of (N, size, size, 3) uint8 pixels, in one batch, `filled`
+        unless told not to."""
+        shown, count = self.about["preprocessing"], len(pixels)
         with _as_in_a_trial(self.threads), torch.no_grad(), mixed(self.device, self.autocast):
             images = normalised(pixels, tuple(shown["mean"]), tuple(shown["std"]), self.device)
-            features = self.network.backbone(images)
+            features = self.network.backbone(filled(images) if fill else images)
             logits = self.network.head(features)
-            return widened(logits).cpu().numpy(), widened(features).cpu().numpy()
+            return widened(logits)[:count].cpu().numpy(), widened(features)[:count].cpu().numpy()
 
 
 def bundle_files(

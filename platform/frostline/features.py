@@ -181,7 +181,7 @@ class Feed:
         the store, or (None) by a live pass."""
         if features is not None:
             return self.means(origin, end, origin.view(1), samples, features)
-        passed = (self.pass_through(origin, {end}, part, origin.view(1))[end] for part in chunks(samples, EVAL_BATCH))
+        passed = (self.full_pass(origin, {end}, part, origin.view(1))[end] for part in chunks(samples, EVAL_BATCH))
         made = torch.cat([origin.rounded_mean(activations).cpu() for activations in passed])
         self._passed = (None, {})
         return made
@@ -191,6 +191,15 @@ class Feed:
         assert features.path is not None, "made absolute by `prepare`"
         rows = Store(features.path).open(key_of(origin.about(cut, view, mean=True)))
         return widened(torch.from_numpy(rows.gather(samples)))
+
+    def full_pass(
+        self, origin: Origin, cuts: Collection[int], samples: np.ndarray, view: int | None
+    ) -> dict[int, Tensor]:
+        """`pass_through` of at most EVAL_BATCH samples, in a full batch; see `filled`."""
+        whole = samples if len(samples) >= EVAL_BATCH else np.resize(samples, EVAL_BATCH)
+        passed = self.pass_through(origin, cuts, whole, view)
+        self.images_forwarded -= len(whole) - len(samples)
+        return {cut: made[: len(samples)] for cut, made in passed.items()}
 
     def pass_through(
         self, origin: Origin, cuts: Collection[int], samples: np.ndarray, view: int | None
@@ -240,6 +249,12 @@ def to_rows(activations: Tensor, dtype: str) -> np.ndarray:
 def from_rows(rows: Tensor) -> Tensor:
     """What `to_rows` was given, in float32 at least."""
     return widened(rows.permute(0, 3, 1, 2) if rows.ndim == 4 else rows)
+
+
+def filled(batch: Tensor) -> Tensor:
+    """(EVAL_BATCH, …) where a batch has fewer rows: the same again and again. Passes of fewer take other code paths, whose last bits
+    differ; with all batches full, what a sample gives does not depend on which others it is passed with."""
+    return batch if len(batch) >= EVAL_BATCH else torch.cat([batch] * -(-EVAL_BATCH // len(batch)))[:EVAL_BATCH]
 
 
 def chunks(samples: np.ndarray, size: int) -> Iterator[np.ndarray]:

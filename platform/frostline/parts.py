@@ -129,7 +129,7 @@ def predict_part(
             passed += pass_fitting(bundle, np.stack(held))
             held = []
     if held:
-        passed += pass_fitting(bundle, np.stack(held))
+        passed += pass_fitting(bundle, np.stack(held), fill=batch >= EVAL_BATCH)
     logits = np.concatenate([np.empty((0, len(bundle.classes)), np.float32), *(each for each, _ in passed)])
     known = {name: label for label, name in enumerate(bundle.classes)}
     labels = [None if (name := names[number]) is None else known.get(name) for number in good]
@@ -148,10 +148,10 @@ def predict_part(
     )
 
 
-def pass_fitting(bundle: Bundle, pixels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def pass_fitting(bundle: Bundle, pixels: np.ndarray, *, fill: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
     """What `Bundle.pass_through` gives, in halves where a GPU's memory does not hold the batch."""
     try:
-        return [bundle.pass_through(pixels)]
+        return [bundle.pass_through(pixels, fill=fill)]
     except torch.OutOfMemoryError:
         if len(pixels) == 1:
             raise
