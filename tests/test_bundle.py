@@ -10,31 +10,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import frostline
 from frostline import results
 from frostline.bundle import BundleError, load_bundle
 from frostline.commit import publish_folder, verify_folder
-from frostline.spec import TrialSpec
 from frostline.testing import toy_job
 
 READ = """
 import sys, numpy as np, torch
-from frostline.bundle import load_bundle
+import frostline
 from frostline.data import load_data
-from frostline.features import Feed
-from frostline.metrics import probabilities
-from frostline.spec import TrialSpec
-from frostline.training import Batches, predict
-from frostline.trial import origin_of
-from frostline.world import World
-torch.set_num_threads(1)
-network, about = load_bundle(sys.argv[1])
-spec = TrialSpec.model_validate(about["spec"])
-data = load_data(spec.data, spec.seeds.split)
-images = Feed().images(origin_of(spec, World.here(spec.resources)))
-test = data.indices("test")
-np.save(sys.argv[2], probabilities(predict(network, Batches(images, test, torch.from_numpy(data.labels[test])))))
+bundle = frostline.load_bundle(sys.argv[1])
+data = load_data(bundle.spec.data, bundle.spec.seeds.split)
+found = bundle.predict(data.pixels[data.indices("test")])
+np.save(sys.argv[2], found.probabilities)
+assert found.labels == [bundle.classes[label] for label in found.logits.argmax(axis=1)]
+assert torch.get_num_threads() == int(sys.argv[3]), "as it was"
+assert "ray" not in sys.modules
 """
 
 
@@ -44,25 +38,35 @@ KINDS = {
     "batch": {"freeze.norm": "batch"},
     "head at 2": {"head.depth": [2], "head.hidden": 8, "head.init": "probe"},
     "only a head at 1": {"freeze.depth": [3], "head.depth": [1]},
+    "rounded at 1": {},
+    "rounded, only a head at 2": {"freeze.depth": [3], "head.depth": [2]},
 }
+ROUNDED = {"dtype": "float16", "cache": "none"}
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     space = {"freeze.depth": [1], "train.lr": 1e-3, "train.head_lr": 1e-2, **KINDS[request.param]}
     arms = {"freeze": {"strategy": "freeze_depth", "space": space}}
-    job = toy_job(tmp_path_factory.mktemp("bundle") / "study", ["search.trials=1", "confirm.seeds=2"], arms=arms)
+    sections = {"features": ROUNDED} if request.param.startswith("rounded") else {}
+    folder = tmp_path_factory.mktemp("bundle") / "study"
+    job = toy_job(folder, ["search.trials=1", "confirm.seeds=2"], arms=arms, **sections)
     return frostline.search(job, inline=True)
 
 
 def test_a_bundle_predicts_in_a_fresh_process_what_was_scored(study: Path, tmp_path: Path) -> None:
     assert verify_folder(study / "bundle") == []
     found = tmp_path / "found.npy"
-    subprocess.run([sys.executable, "-c", READ, str(study / "bundle"), str(found)], check=True)
-    about = json.loads((study / "bundle" / "bundle.json").read_text())
-    spec = TrialSpec.model_validate(about["spec"])
-    rows = [row for row in results.read_predictions(study).to_pylist() if row["trial_id"] == spec.trial_id]
-    np.testing.assert_array_equal(np.load(found), np.array([row["probabilities"] for row in rows], np.float32))
+    threads = str(torch.get_num_threads())
+    subprocess.run([sys.executable, "-c", READ, str(study / "bundle"), str(found), threads], check=True)
+    np.testing.assert_array_equal(np.load(found), predicted_of(study))
+
+
+def predicted_of(study: Path) -> np.ndarray:
+    """(n, C) probabilities of the bundle's trial on test, as the study has them."""
+    trial = load_bundle(study / "bundle").spec.trial_id
+    rows = [row for row in results.read_predictions(study).to_pylist() if row["trial_id"] == trial]
+    return np.array([row["probabilities"] for row in rows], np.float32)
 
 
 def test_the_bundle_is_the_best_confirmation_by_validation(study: Path) -> None:

@@ -42,7 +42,6 @@ from frostline.spec import (
     Freeze,
     Head,
     Train,
-    TrialSpec,
     configure,
     confirm_seeds,
     search_seeds,
@@ -133,12 +132,12 @@ def test_a_trial_of_each_strategy_leaves_a_bundle_that_predicts_as_it_did(tmp_pa
     folder = tmp_path / "bundle"
     folder.mkdir()
     publish_folder(folder / "it", outcome.bundle)
-    network, about = load_bundle(folder / "it")
-    assert TrialSpec.model_validate(about["spec"]) == spec
+    bundle = load_bundle(folder / "it")
+    assert bundle.spec == spec
     origin = origin_of(spec, World.here(job.resources))
     test = origin.dataset.indices("test")
     read = Batches(Feed().images(origin), test, torch.from_numpy(origin.dataset.labels[test]))
-    found = torch.from_numpy(predict(network, read)).softmax(1).numpy()
+    found = torch.from_numpy(predict(bundle.network, read)).softmax(1).numpy()
     np.testing.assert_allclose(found, [row["probabilities"] for row in outcome.predictions], atol=1e-5)
 
 

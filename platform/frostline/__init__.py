@@ -6,9 +6,10 @@ from frostline.versions import VERSION
 
 if TYPE_CHECKING:
     from frostline.api import best_job, probe, search, train
+    from frostline.bundle import load_bundle
     from frostline.comparison import compare
 
-__all__ = ["__version__", "best_job", "compare", "probe", "search", "train"]
+__all__ = ["__version__", "best_job", "compare", "load_bundle", "probe", "search", "train"]
 __version__ = VERSION
 
 
@@ -18,8 +19,12 @@ def __getattr__(name: str) -> Any:
         from frostline.comparison import compare
 
         return compare
-    if name in __all__:
+    if name in ("best_job", "probe", "search", "train"):
         from frostline import api
 
         return getattr(api, name)
+    if name == "load_bundle":
+        from frostline.bundle import load_bundle
+
+        return load_bundle
     raise AttributeError(f"module 'frostline' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: `frostline search | plan | probe | submit | jobs | doctor | results | compare | report | …`."""
+"""The command line: `frostline search | plan | probe | submit | jobs | doctor | results | compare | predict | …`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.filesize import decimal
 from rich.text import Text
 
 import frostline
-from frostline import cluster_commands, results
+from frostline import bundle_commands, cluster_commands, results
 from frostline.commit import StudyBusy
 from frostline.files import locate
 from frostline.fixed import fixed_job
@@ -29,6 +29,7 @@ from frostline.reference import starter_job
 from frostline.spec import Job
 from frostline.store import Entry, Store
 
+FORMATS = ("safetensors", "timm", "torchvision", "transformers", "torch-export", "onnx")
 TRACKERS = ("optuna", "tensorboard", "mlflow", "wandb")
 OVERRIDE_HELP = "dotted job keys laid over the file, for example train.lr=1e-3 or data.path=photos/"
 
@@ -159,6 +160,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", metavar="PATH", help="the file (optuna, mlflow) or folder (default: in the study's folder `tracked`)"
     )
 
+    _add_bundles(commands)
+
     stored = commands.add_parser(
         "features", help="list, verify or clean a feature store", description="List, verify or clean a feature store."
     )
@@ -177,6 +180,44 @@ def build_parser() -> argparse.ArgumentParser:
     init = _command(commands, "init", _init, "write a commented job file to start from")
     init.add_argument("path", nargs="?", default="job.toml", help="where to write it (default: job.toml)")
     return parser
+
+
+def _add_bundles(commands) -> None:
+    """`predict` and `export`."""
+    predicted = _command(
+        commands,
+        "predict",
+        bundle_commands.predict,
+        "predict all images of a folder or table with a bundle, into Parquet",
+    )
+    predicted.add_argument("bundle", help="the bundle's folder, for example results/quickstart/bundle")
+    predicted.add_argument(
+        "data", help="an image folder, one image, Parquet, or what else a job's data.path takes; local or a URI"
+    )
+    predicted.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="how the data is read, for example data.image_column=photo"
+    )
+    predicted.add_argument(
+        "--out",
+        required=True,
+        metavar="PATH",
+        help="a folder for the predictions; again, it goes on with what is missing",
+    )
+    predicted.add_argument("--split", choices=("train", "val", "test"), help="only the samples of this split")
+    predicted.add_argument("--features", action="store_true", help="keep the features that the head is given, too")
+    predicted.add_argument("--batch", type=int, metavar="N", help="images a pass (default: 64; on a GPU by its memory)")
+    predicted.add_argument(
+        "--address", help="a running Ray cluster, 'auto' on one of its nodes; else a local Ray where that pays"
+    )
+
+    exported = _command(commands, "export", bundle_commands.export, "write a bundle for another library, or whole")
+    exported.add_argument("bundle", help="the bundle's folder")
+    what = exported.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--full", action="store_true", help="a bundle with all tensors, which needs no backbone's weights"
+    )
+    what.add_argument("--to", choices=FORMATS, help="the library or format; onnx needs the extra of that name")
+    exported.add_argument("--out", metavar="PATH", help="the folder to write (default: beside the bundle)")
 
 
 def _add_submission(commands) -> None:

@@ -160,6 +160,13 @@ def leave_at(module: nn.Module, cut: Cut, dtype: torch.dtype | None = None) -> N
         module.forward = _Trunk(module.forward, module.get_submodule(cut.module), dtype)
 
 
+def run_on(module: nn.Module) -> None:
+    """Let a network that ends at a cut run to its own end, in vain: a tracer cannot be left in the middle, and drops the rest."""
+    trunk = vars(module).get("forward")
+    if isinstance(trunk, _Trunk):
+        trunk.runs_on = True
+
+
 def pooled_cut(cut: Cut) -> Cut:
     """From where a network that was made to end at `cut` is resumed with what it returns: it does nothing more."""
     shape = (pooled_width(cut.shape),)
@@ -226,13 +233,15 @@ class _Trunk:
     whole: Callable[[Tensor], Tensor]
     last: nn.Module
     dtype: torch.dtype | None
+    runs_on: bool = False
 
     def __call__(self, images: Tensor) -> Tensor:
         caught: list[Tensor] = []
 
         def catch(_: nn.Module, __: Any, output: Any) -> None:
             caught.extend(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-            raise _AllCaught
+            if not self.runs_on:
+                raise _AllCaught
 
         hook = self.last.register_forward_hook(catch)
         try:

@@ -153,7 +153,7 @@ def _load(spec: Data, split_seed: int, progress: Callable[[int, int], None] | No
     if problems and spec.on_bad == "error":
         raise DataError(_listing(source.name, problems))
 
-    names = [source.names[i] for i in kept]
+    names = [name for i in kept if (name := source.names[i]) is not None]  # labelled: all have one
     present = set(names)
     classes = tuple(c for c in source.classes if c in present) if source.classes else order_classes(present)
     if len(classes) < 2:

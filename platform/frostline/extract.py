@@ -163,7 +163,7 @@ def extract(shard: Shard, feed: Feed, world: World) -> dict[str, Any]:
         **{(cut, True): [] for cut in shard.means},
     }
     for samples in chunks(shard.samples, EVAL_BATCH):
-        passed = feed.pass_through(origin, {cut for cut, _ in parts}, samples, shard.view)
+        passed = feed.full_pass(origin, {cut for cut, _ in parts}, samples, shard.view)
         for (cut, mean), rows in parts.items():
             rows.append(to_rows(pooled(passed[cut]) if mean else passed[cut], origin.dtype))
     feed.forget_passes()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from frostline.backbone import Backbone
+from frostline.backbone import Backbone, Triple
 from frostline.closedform import pooled, pooled_width
 from frostline.cuts import Cut, cut_at, cuts_at, emit, widened
 from frostline.data import Dataset
@@ -60,8 +60,7 @@ class Origin:
 
     def rounding(self, index: int) -> Cut | None:
         """The cut at which a live pass rounds its activations, as storing them would; None where that changes nothing."""
-        exact = self.autocast is None and getattr(torch, self.dtype) == torch.get_default_dtype()
-        return None if index == 0 or exact else cut_at(self.backbone, self.dataset.pixels.shape[1], index)
+        return rounded_at(self.backbone, self.dataset.pixels.shape[1], index, self.dtype, self.autocast)
 
     def about(self, cut: int, view: int | None, *, mean: bool = False) -> dict[str, Any]:
         """Everything that could change an activation, or its `mean` over positions (P12), as JSON values."""
@@ -101,18 +100,7 @@ class Origin:
         pixels = self.dataset.pixels[samples]  # (B, H, W, 3) uint8
         if view is not None:
             pixels = augmented(pixels, samples, view, self.augment, self.augment_seed)
-        mean, std = (
-            255 * torch.tensor(each, device=self.device).view(1, 3, 1, 1)
-            for each in (self.backbone.mean, self.backbone.std)
-        )
-        return (
-            torch.from_numpy(pixels)
-            .to(self.device)
-            .permute(0, 3, 1, 2)
-            .to(torch.get_default_dtype())
-            .sub_(mean)
-            .div_(std)
-        )
+        return normalised(pixels, self.backbone.mean, self.backbone.std, self.device)
 
     def view(self, epoch: int) -> int | None:
         """The view that an epoch shows; none in epoch 0."""
@@ -193,7 +181,7 @@ class Feed:
         the store, or (None) by a live pass."""
         if features is not None:
             return self.means(origin, end, origin.view(1), samples, features)
-        passed = (self.pass_through(origin, {end}, part, origin.view(1))[end] for part in chunks(samples, EVAL_BATCH))
+        passed = (self.full_pass(origin, {end}, part, origin.view(1))[end] for part in chunks(samples, EVAL_BATCH))
         made = torch.cat([origin.rounded_mean(activations).cpu() for activations in passed])
         self._passed = (None, {})
         return made
@@ -203,6 +191,15 @@ class Feed:
         assert features.path is not None, "made absolute by `prepare`"
         rows = Store(features.path).open(key_of(origin.about(cut, view, mean=True)))
         return widened(torch.from_numpy(rows.gather(samples)))
+
+    def full_pass(
+        self, origin: Origin, cuts: Collection[int], samples: np.ndarray, view: int | None
+    ) -> dict[int, Tensor]:
+        """`pass_through` of at most EVAL_BATCH samples, in a full batch; see `filled`."""
+        whole = samples if len(samples) >= EVAL_BATCH else np.resize(samples, EVAL_BATCH)
+        passed = self.pass_through(origin, cuts, whole, view)
+        self.images_forwarded -= len(whole) - len(samples)
+        return {cut: made[: len(samples)] for cut, made in passed.items()}
 
     def pass_through(
         self, origin: Origin, cuts: Collection[int], samples: np.ndarray, view: int | None
@@ -224,6 +221,19 @@ class Feed:
         self._passed_cuts, self._passed = frozenset(), (None, {})
 
 
+def normalised(pixels: np.ndarray, mean: Triple, std: Triple, device: torch.device) -> Tensor:
+    """(B, H, W, 3) uint8 pixels as (B, 3, H, W) float32 images on the device, channels last in memory."""
+    middle, scale = (255 * torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (mean, std))
+    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+    return images.to(torch.get_default_dtype()).sub_(middle).div_(scale)
+
+
+def rounded_at(backbone: Backbone, image_size: int, index: int, dtype: str, autocast: torch.dtype | None) -> Cut | None:
+    """The cut at which a live pass rounds its activations to `dtype`, as storing them would; None where that changes nothing."""
+    exact = autocast is None and getattr(torch, dtype) == torch.get_default_dtype()
+    return None if index == 0 or exact else cut_at(backbone, image_size, index)
+
+
 def on_device(backbone: Backbone, device: torch.device) -> nn.Module:
     """A copy of the backbone, channels last in memory."""
     return copy.deepcopy(backbone.module).to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -239,6 +249,12 @@ def to_rows(activations: Tensor, dtype: str) -> np.ndarray:
 def from_rows(rows: Tensor) -> Tensor:
     """What `to_rows` was given, in float32 at least."""
     return widened(rows.permute(0, 3, 1, 2) if rows.ndim == 4 else rows)
+
+
+def filled(batch: Tensor) -> Tensor:
+    """(EVAL_BATCH, …) where a batch has fewer rows: the same again and again. Passes of fewer take other code paths, whose last bits
+    differ; with all batches full, what a sample gives does not depend on which others it is passed with."""
+    return batch if len(batch) >= EVAL_BATCH else torch.cat([batch] * -(-EVAL_BATCH // len(batch)))[:EVAL_BATCH]
 
 
 def chunks(samples: np.ndarray, size: int) -> Iterator[np.ndarray]:

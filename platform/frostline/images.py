@@ -59,6 +59,17 @@ def decode(raw: bytes, *, size: int, fit: Fit, max_pixels: int) -> np.ndarray:
     width, height = image.size
     if width * height > max_pixels:
         raise BadImage(f"too large: {width} x {height} pixels, allowed are {max_pixels:,} in all")
+    return fitted(image, size=size, fit=fit)
+
+
+def decode_grey(raw: bytes, shape: tuple[int, int], *, size: int, fit: Fit) -> np.ndarray:
+    """Unencoded grey pixels, one byte each, `shape` = (height, width), as (size, size, 3) uint8; resized as in `decode`."""
+    grey = np.frombuffer(raw, np.uint8).reshape(shape)
+    return _squared(Image.fromarray(grey).convert("RGB"), size, fit)
+
+
+def fitted(image: Image.Image, *, size: int, fit: Fit) -> np.ndarray:
+    """An opened image as `decode` gives it, (size, size, 3) uint8. Raises BadImage where its pixels cannot be had."""
     try:
         image.load()
         return _squared(_rgb(_upright(image)), size, fit)
@@ -66,12 +77,6 @@ def decode(raw: bytes, *, size: int, fit: Fit, max_pixels: int) -> np.ndarray:
         raise
     except (Image.DecompressionBombError, *_ANY_PARSER_ERROR) as error:
         raise BadImage(f"corrupt: {_brief(error)}") from None
-
-
-def decode_grey(raw: bytes, shape: tuple[int, int], *, size: int, fit: Fit) -> np.ndarray:
-    """Unencoded grey pixels, one byte each, `shape` = (height, width), as (size, size, 3) uint8; resized as in `decode`."""
-    grey = np.frombuffer(raw, np.uint8).reshape(shape)
-    return _squared(Image.fromarray(grey).convert("RGB"), size, fit)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,11 +34,13 @@ class ImageTable:
     """The image files that rows name, relative to the table's folder; None where only reading every image would tell."""
 
 
-def open_table(place: Place, spec: Data) -> ImageTable:
-    """Raises DataError when the file is damaged, or lacks a column or has it in a type that cannot be used."""
+def open_table(place: Place, spec: Data, *, labelled: bool = True) -> ImageTable:
+    """All but the images; where it need not be `labelled`, labels and splits are None if there are no such columns, or no such names.
+
+    Raises DataError when the file is damaged, or lacks a column or has it in a type that cannot be used."""
     with _parquet(place) as file:
         schema = file.schema_arrow
-        for key in ("image_column", "label_column", "group_column"):
+        for key in ("image_column", "label_column", "group_column") if labelled else ("image_column",):
             column = getattr(spec, key)
             if column is not None and column not in schema.names:
                 raise DataError(
@@ -46,25 +49,40 @@ def open_table(place: Place, spec: Data) -> ImageTable:
                 )
         splits = _texts(file, "split", place) if "split" in schema.names else None
         return ImageTable(
-            labels=_texts(file, spec.label_column, place),
-            groups=_texts(file, spec.group_column, place) if spec.group_column else None,
-            splits=[_split_name(value, place) for value in splits] if splits else None,
+            labels=_texts(file, spec.label_column, place)
+            if labelled or spec.label_column in schema.names
+            else [None] * file.metadata.num_rows,
+            groups=_texts(file, spec.group_column, place) if spec.group_column and labelled else None,
+            splits=[_split_name(value, place, strict=labelled) for value in splits] if splits else None,
             paths=_paths(file, spec.image_column, place),
         )
 
 
 def read_cells(place: Place, column: str, rows: Sequence[int]) -> Iterator[Callable[[], bytes]]:
     """For each of `rows` (rising) of a file, what gives its image's raw content or raises BadImage."""
-    wanted = iter(rows)
-    row = next(wanted, None)
-    start = 0
     with _parquet(place) as file:
-        for batch in file.iter_batches(batch_size=_BATCH, columns=[column]):
-            values = batch.column(0)
-            while row is not None and row < start + len(values):
-                yield _reader(values[row - start].as_py(), place.parent)
-                row = next(wanted, None)
-            start += len(values)
+        first, given = 0, 0  # of a row group, and of the rows that are still to be given
+        for group in range(file.num_row_groups):
+            end = first + file.metadata.row_group(group).num_rows
+            until = bisect_left(rows, end, given)
+            if given < until:
+                yield from _group_cells(file, group, column, [row - first for row in rows[given:until]], place.parent)
+            first, given = end, until
+
+
+def _group_cells(
+    file: pq.ParquetFile, group: int, column: str, rows: Sequence[int], folder: Place
+) -> Iterator[Callable[[], bytes]]:
+    wanted = iter(rows)
+    row, start = next(wanted, None), 0
+    for batch in file.iter_batches(batch_size=_BATCH, row_groups=[group], columns=[column]):
+        values = batch.column(0)
+        while row is not None and row < start + len(values):
+            yield _reader(values[row - start].as_py(), folder)
+            row = next(wanted, None)
+        start += len(values)
+        if row is None:
+            return
 
 
 def _reader(value: Any, folder: Place) -> Callable[[], bytes]:
@@ -95,13 +113,13 @@ def _texts(file: pq.ParquetFile, column: str, place: Place) -> list[str | None]:
     return [None if value is None else str(value) for value in values.to_pylist()]
 
 
-def _split_name(value: str | None, place: Place) -> str | None:
-    if value is not None and value.lower() not in SPLIT_NAMES:
+def _split_name(value: str | None, place: Place, *, strict: bool) -> str | None:
+    if strict and value is not None and value.lower() not in SPLIT_NAMES:
         raise DataError(
             f"{place.name}: column 'split' holds {value!r}; allowed are {', '.join(SPLIT_NAMES)} "
             f"(rename the column if it means something else)"
         )
-    return None if value is None else SPLIT_NAMES[value.lower()]
+    return None if value is None else SPLIT_NAMES.get(value.lower())
 
 
 def _paths(file: pq.ParquetFile, column: str, place: Place) -> list[str] | None:

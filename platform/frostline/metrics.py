@@ -26,23 +26,27 @@ def scores(logits: np.ndarray, labels: np.ndarray, *also: Metric) -> dict[Metric
     occur in labels or predictions, as scikit-learn does; nll is the mean negative log-likelihood in nats. For the others see
     `auroc`, `top5_accuracy`, `ece` and `brier`.
     """
-    n, classes = logits.shape
     by_class = np.ascontiguousarray(logits.T, np.float64)  # NumPy reduces a short last axis four times slower
     predicted, top = by_class.argmax(axis=0), by_class.max(axis=0)
-    losses = np.log(np.exp(by_class - top).sum(axis=0)) + (top - by_class[labels, np.arange(n)])
-    hits = np.bincount(labels[predicted == labels], minlength=classes)
-    actual, called = np.bincount(labels, minlength=classes), np.bincount(predicted, minlength=classes)
-    seen, either = actual > 0, actual + called > 0
-    found: dict[Metric, float] = {
-        "accuracy": float(hits.sum() / n),
-        "balanced_accuracy": float((hits[seen] / actual[seen]).mean()),
-        "macro_f1": float((2 * hits[either] / (actual + called)[either]).mean()),
-        "nll": float(losses.mean()),
-    }
+    losses = np.log(np.exp(by_class - top).sum(axis=0)) + (top - by_class[labels, np.arange(len(logits))])
+    found = scores_of(labels, predicted, losses, len(by_class))
     for name in also:
         if name in _FURTHER:
             found[name] = _FURTHER[name](logits, labels)
     return found
+
+
+def scores_of(labels: np.ndarray, predicted: np.ndarray, losses: np.ndarray, classes: int) -> dict[Metric, float]:
+    """`scores` of (N,) labels and predictions, in 0..classes-1, and negative log-likelihoods in nats."""
+    hits = np.bincount(labels[predicted == labels], minlength=classes)
+    actual, called = np.bincount(labels, minlength=classes), np.bincount(predicted, minlength=classes)
+    seen, either = actual > 0, actual + called > 0
+    return {
+        "accuracy": float(hits.sum() / len(labels)),
+        "balanced_accuracy": float((hits[seen] / actual[seen]).mean()),
+        "macro_f1": float((2 * hits[either] / (actual + called)[either]).mean()),
+        "nll": float(losses.mean()),
+    }
 
 
 def auroc(logits: np.ndarray, labels: np.ndarray) -> float:

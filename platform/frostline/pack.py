@@ -209,7 +209,7 @@ def _head_program(
         if lane.spec.round == "confirm" and status == "complete":
             with lane.watch:
                 test = batches(dataset.indices("test"))
-                logits = predict(network.head, test, origin.autocast)
+                logits = predict(network.head, test, origin.autocast, full_batches=True)
                 confirm(outcome, lane.spec, test.samples, logits, network, applied[number], origin)
             cost.lap("eval")
         lane.row |= cost.columns(lane.records, lane.row, feed.images_forwarded, plan)

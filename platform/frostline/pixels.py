@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,7 +108,7 @@ def load_pixels(
 def _hash(source: Source) -> tuple[np.ndarray, dict[int, str]]:
     hashes = np.zeros((len(source.sample_ids), 32), np.uint8)
     bad = {}
-    for i, outcome in enumerate(_in_threads(_sha256, source.read(range(len(hashes))))):
+    for i, outcome in enumerate(in_threads(_sha256, source.read(range(len(hashes))))):
         if isinstance(outcome, BadImage):
             bad[i] = str(outcome)
         else:
@@ -159,7 +159,7 @@ def _build(
         start = file.tell()
         expected = (hashes[i].tobytes() for i in indices)
         items = zip(source.read(indices.tolist()), expected, strict=True)
-        for position, row in enumerate(_in_threads(to_row, items)):
+        for position, row in enumerate(in_threads(to_row, items)):
             if row is None:
                 raise DataError(
                     f"{source.name}: {source.sample_ids[indices[position]]} changed while it was being read; "
@@ -245,7 +245,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
     """`map` over threads, in order, that takes from `items` only a little ahead of what was given out."""
 
     def work_on(chunk: Sequence[Item]) -> list[Result]:

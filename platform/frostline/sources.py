@@ -41,8 +41,8 @@ class Source:
 
     name: str
     sample_ids: list[str]
-    names: list[str]
-    """The class of each sample."""
+    names: list[str | None]
+    """The class of each sample; None where that is not known, and need not be."""
     read: Callable[[Sequence[int]], Iterator[Reader]]
     """For sample indices in rising order, a reader each."""
     splits: list[str] | None = None
@@ -60,8 +60,9 @@ class Source:
     """The classes in their own order, where they have one."""
 
 
-def open_source(spec: Data) -> Source:
-    """List the samples at `spec.path`.
+def open_source(spec: Data, *, labelled: bool = True) -> Source:
+    """List the samples at `spec.path`. Where they need not be `labelled`, images without a class are samples too, one image may be
+    named alone, groups are not looked at, and splits only where each sample is in one.
 
     Raises DataError when there is nothing there, or nothing that can be used.
     """
@@ -75,11 +76,12 @@ def open_source(spec: Data) -> Source:
             raise
         raise DataError(f"{error}; `apt-get install dataset-fashion-mnist` puts it there (Debian, Ubuntu)") from None
     kind = infer_kind(spec.path, tree.files)
-    if tree.is_file and kind != "parquet":
+    image = kind == "folder" and place.path.lower().endswith(IMAGE_SUFFIXES) and not labelled
+    if tree.is_file and kind != "parquet" and not image:
         raise DataError(f"{place.name} is a single file and not Parquet: name a folder or a .parquet file")
     if kind == "idx":
         return _idx(place, tree)
-    return _parquet(spec, place, tree) if kind == "parquet" else _folder(place, tree)
+    return _parquet(spec, place, tree, labelled) if kind == "parquet" else _folder(place, tree, labelled)
 
 
 def infer_kind(path: str, files: Iterable[str]) -> Kind:
@@ -108,7 +110,8 @@ def _digits() -> Source:
     )
 
 
-def _folder(place: Place, tree: Tree) -> Source:
+def _folder(place: Place, tree: Tree, labelled: bool) -> Source:
+    root = place.parent if tree.is_file else place
     images = [name for name in tree.files if name.lower().endswith(IMAGE_SUFFIXES)]
     if not images:
         seen = (
@@ -117,7 +120,7 @@ def _folder(place: Place, tree: Tree) -> Source:
         raise DataError(f"{place.name} holds no images ({' '.join(IMAGE_SUFFIXES)}) and no Parquet, but {seen}")
     top = [name for name in tree.folders if "/" not in name]
     given = [name for name in top if name.lower() in SPLIT_NAMES]
-    if 1 < len(given) < len(top):
+    if labelled and 1 < len(given) < len(top):
         stray = next(name for name in top if name not in given)
         raise DataError(
             f"{place.name} holds split folders ({', '.join(given)}) beside {stray!r}: is that a class or a split? "
@@ -126,20 +129,23 @@ def _folder(place: Place, tree: Tree) -> Source:
     has_splits = 0 < len(given) == len(top)
     depth = 1 if has_splits else 0  # where in its path an image's class stands
     classed = [name for name in images if name.count("/") > depth]
+    samples = classed if labelled else images
     used = {name.rsplit("/", name.count("/") - level)[0] for name in classed for level in range(depth + 1)}
-    problems = [(name, "no class: lies in no class folder") for name in images if name.count("/") <= depth]
-    for name in tree.folders:
+    without = [name for name in images if name.count("/") <= depth]
+    problems = [(name, "no class: lies in no class folder") for name in without] if labelled else []
+    for name in tree.folders if labelled else ():
         if name.count("/") <= depth and name not in used:
             kind = "class" if name.count("/") == depth else "split"
             problems.append((name, f"empty {kind}: no images in this folder"))
-    stamp, changed_ns = _stamp(place, {name: tree.files[name] for name in classed})
-    parts = [name.split("/") for name in classed]
+    stamp, changed_ns = _stamp(place, {name: tree.files[name] for name in samples})
+    parts = [name.split("/") for name in samples]
+    in_splits = has_splits and all(len(part) > 1 for part in parts)
     return Source(
         name=place.name,
-        sample_ids=classed,
-        names=[part[depth] for part in parts],
-        read=lambda indices: (partial(read_bytes, place / classed[i]) for i in indices),
-        splits=[SPLIT_NAMES[part[0].lower()] for part in parts] if has_splits else None,
+        sample_ids=samples,
+        names=[part[depth] if len(part) > depth + 1 else None for part in parts],
+        read=lambda indices: (partial(read_bytes, root / samples[i]) for i in indices),
+        splits=[SPLIT_NAMES[part[0].lower()] for part in parts] if in_splits else None,
         problems=tuple(problems),
         stamp=stamp,
         changed_ns=changed_ns,
@@ -189,11 +195,11 @@ def _idx(place: Place, tree: Tree) -> Source:
     )
 
 
-def _parquet(spec: Data, place: Place, tree: Tree) -> Source:
+def _parquet(spec: Data, place: Place, tree: Tree, labelled: bool) -> Source:
     root = place.parent if tree.is_file else place
     names = [name for name in tree.files if name.lower().endswith(PARQUET_SUFFIXES)]
-    tables = {name: open_table(root / name, spec) for name in names}
-    by_file = _splits_by_file(place, names)
+    tables = {name: open_table(root / name, spec, labelled=labelled) for name in names}
+    by_file = _splits_by_file(place, names, labelled)
     at: list[tuple[str, int]] = []  # (file, row) of each sample
     labels, groups, splits = [], [], []
     problems: list[tuple[str, str]] = []
@@ -203,7 +209,7 @@ def _parquet(spec: Data, place: Place, tree: Tree) -> Source:
         for row, (label, group, split) in enumerate(
             zip(table.labels, table.groups or [""] * rows, of_rows, strict=True)
         ):
-            if label is None or group is None or (split is None and table.splits):
+            if labelled and (label is None or group is None or (split is None and table.splits)):
                 lacks = "label" if label is None else "group" if group is None else "split"
                 problems.append((f"{name}:{row}", f"no {lacks}: null in this row"))
                 continue
@@ -211,7 +217,7 @@ def _parquet(spec: Data, place: Place, tree: Tree) -> Source:
             labels.append(label)
             groups.append(group)
             splits.append(split)
-    if None in splits and set(splits) != {None}:
+    if labelled and None in splits and set(splits) != {None}:
         raise DataError(f"{place.name}: some of its Parquet files say which split their rows are in, some do not")
 
     def read(indices: Sequence[int]) -> Iterator[Reader]:
@@ -231,14 +237,14 @@ def _parquet(spec: Data, place: Place, tree: Tree) -> Source:
         names=labels,
         read=read,
         splits=None if None in splits else splits,
-        groups=groups if spec.group_column else None,
+        groups=groups if spec.group_column and labelled else None,
         problems=tuple(problems),
         stamp=None if any(table.paths is None for table in tables.values()) else stamp,
         changed_ns=changed_ns,
     )
 
 
-def _splits_by_file(place: Place, names: list[str]) -> dict[str, str]:
+def _splits_by_file(place: Place, names: list[str], strict: bool) -> dict[str, str]:
     """File -> split, where every file's name or top folder says it, as Hugging Face names them: `train-00000-of-00002`."""
     said = {}
     for name in names:
@@ -249,6 +255,8 @@ def _splits_by_file(place: Place, names: list[str]) -> dict[str, str]:
         return {}
     for name in names:
         if name not in said:
+            if not strict:
+                return {}
             raise DataError(f"{place.name} holds {next(iter(said))!r} beside {name!r}: which split is the latter in?")
     return said
 

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from frostline.collectives import full, gathered, is_part, replicated, share, total, unsynchronised
 from frostline.cuts import widened
-from frostline.features import EVAL_BATCH, Fetch, chunks
+from frostline.features import EVAL_BATCH, Fetch, chunks, filled
 from frostline.freeze import (
     Applied,
     FreezeError,
@@ -333,18 +333,23 @@ def predict(
     *,
     epoch: int = 0,
     world: World = ALONE,
+    full_batches: bool = False,
 ) -> np.ndarray:
     """(n, outputs) of a model in eval mode, in the order of the samples: float32, or float64 where it computes in that.
 
-    Workers take batches in turn, the same ones whatever their number, and each sample is passed once; where there is no batch left
-    for some of them they pass one for nothing, as a sharded network is called by all or by none.
+    Workers take batches in turn, the same ones whatever their number; where there is no batch left for some of them they pass
+    one for nothing, as a sharded network is called by all or by none. With `full_batches` the last one is `filled`, so that a
+    sample gives the same bits whatever others there are.
     """
     model.eval()
     parts = list(chunks(batches.samples, EVAL_BATCH))
     own = parts[world.rank :: world.workers]
     idle = -(-len(parts) // world.workers) - len(own)
     with mixed(batches.labels.device, autocast):
-        made = [widened(model(batches.fetch(part, epoch))).cpu() for part in [*own, *parts[:idle]]]
+        made = []
+        for part in [*own, *parts[:idle]]:
+            inputs = batches.fetch(part, epoch)
+            made.append(widened(model(filled(inputs) if full_batches else inputs)[: len(part)]).cpu())
     everyone = gathered(world, made)
     return torch.cat(
         [everyone[number % world.workers][number // world.workers] for number in range(len(parts))]

@@ -136,7 +136,7 @@ def trial_steps(
     outcome = Outcome(row)
     if spec.round == "confirm" and status == "complete":
         test = batches(dataset.indices("test"))
-        logits = predict(network, test, origin.autocast, world=world)
+        logits = predict(network, test, origin.autocast, world=world, full_batches=True)
         confirm(outcome, spec, test.samples, logits, network, applied, origin)
         cost.lap("eval")
     row |= cost.columns(records, row, feed.images_forwarded, plan)

@@ -1,0 +1,187 @@
+"""A part of a prediction: samples of a source, read, decoded and passed through a bundle, as rows. No Ray, and no output folder.
+
+A sample that cannot be read or decoded is a row of its own table; nothing beside it is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from frostline.bundle import Bundle
+from frostline.commit import VERSION
+from frostline.features import EVAL_BATCH
+from frostline.images import BadImage, Fit, decode, decode_grey
+from frostline.metrics import probabilities
+from frostline.pixels import in_threads
+from frostline.sources import Reader, Source
+
+SCHEMA = b"1"
+PART_BYTES = 32 << 20  # of pixels
+MOST_IN_PART = 1024
+MOST_IN_BATCH = 1024
+UNREADABLE = pa.schema([("sample_id", pa.string()), ("reason", pa.string())], metadata={VERSION: SCHEMA})
+"""Samples that have no prediction, and why."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How pixels are made of what a source reads; small, and the same on every node."""
+
+    size: int
+    fit: Fit
+    max_pixels: int
+    grey_shape: tuple[int, int] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What became of some samples."""
+
+    predictions: pa.Table
+    """A row each, of `schema_of`, in the order of the samples."""
+    unreadable: pa.Table
+    """A row each, of UNREADABLE."""
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Samples of a source that are to be predicted, in parts."""
+
+    source: Source
+    parts: list[Sequence[int]]
+    recipe: Recipe
+    features: bool
+    batch: int | None
+    """Images a pass; by memory when None."""
+
+    def ids(self, part: int) -> list[str]:
+        """Of its samples."""
+        return [self.source.sample_ids[i] for i in self.parts[part]]
+
+    def names(self, part: int) -> list[str | None]:
+        """Of its samples' classes."""
+        return [self.source.names[i] for i in self.parts[part]]
+
+
+def schema_of(classes: Sequence[str], *, features: bool) -> pa.Schema:
+    """The columns of predictions: `probabilities` are in the order of `classes`, `loss` is the label's negative log-likelihood in
+    nats, and both it and `label` are null where the label is not known or no class of the bundle."""
+    columns = [
+        ("sample_id", pa.string()),
+        ("label", pa.string()),
+        ("predicted", pa.string()),
+        ("probabilities", pa.list_(pa.float32(), len(classes))),
+        ("loss", pa.float64()),
+    ]
+    kept = [("features", pa.list_(pa.float32()))] if features else []
+    return pa.schema([*columns, *kept], metadata={VERSION: SCHEMA})
+
+
+def parts_of(samples: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Consecutive samples for images of `size` pixels a side: full batches of the usual size, as many as pixels allow."""
+    fitting = PART_BYTES // (3 * size * size * EVAL_BATCH) * EVAL_BATCH
+    length = min(MOST_IN_PART, max(EVAL_BATCH, fitting))
+    return [samples[start : start + length] for start in range(0, len(samples), length)]
+
+
+def decoded(source: Source, samples: Sequence[int], recipe: Recipe) -> Generator[np.ndarray | BadImage]:
+    """(size, size, 3) uint8 of each of these samples (rising), or why there are none; in threads, a little ahead."""
+    return in_threads(partial(_pixels, recipe=recipe), source.read(samples))
+
+
+def _pixels(read: Reader, *, recipe: Recipe) -> np.ndarray | BadImage:
+    try:
+        raw = read()
+        if recipe.grey_shape is not None:
+            return decode_grey(raw, recipe.grey_shape, size=recipe.size, fit=recipe.fit)
+        return decode(raw, size=recipe.size, fit=recipe.fit, max_pixels=recipe.max_pixels)
+    except BadImage as error:
+        return error
+
+
+def predict_part(
+    bundle: Bundle,
+    ids: Sequence[str],
+    names: Sequence[str | None],
+    images: Iterable[np.ndarray | BadImage],
+    *,
+    batch: int,
+    features: bool,
+) -> Part:
+    """Rows for samples of these ids and classes, if known. `images` are taken a batch at a time."""
+    bad: list[tuple[str, str]] = []
+    good: list[int] = []
+    held: list[np.ndarray] = []
+    passed: list[tuple[np.ndarray, np.ndarray]] = []
+    for number, image in enumerate(images):
+        if isinstance(image, BadImage):
+            bad.append((ids[number], str(image)))
+            continue
+        good.append(number)
+        held.append(image)
+        if len(held) == batch:
+            passed += pass_fitting(bundle, np.stack(held))
+            held = []
+    if held:
+        passed += pass_fitting(bundle, np.stack(held), fill=batch >= EVAL_BATCH)
+    logits = np.concatenate([np.empty((0, len(bundle.classes)), np.float32), *(each for each, _ in passed)])
+    known = {name: label for label, name in enumerate(bundle.classes)}
+    labels = [None if (name := names[number]) is None else known.get(name) for number in good]
+    rows = {
+        "sample_id": [ids[number] for number in good],
+        "label": [None if label is None else bundle.classes[label] for label in labels],
+        "predicted": [bundle.classes[label] for label in logits.argmax(axis=1)],
+        "probabilities": pa.FixedSizeListArray.from_arrays(probabilities(logits).reshape(-1), len(bundle.classes)),
+        "loss": _losses(logits, labels),
+    }
+    if features:
+        rows["features"] = [row for _, given in passed for row in given.astype(np.float32)]
+    return Part(
+        pa.table(rows, schema=schema_of(bundle.classes, features=features)),
+        pa.table({"sample_id": [what for what, _ in bad], "reason": [why for _, why in bad]}, schema=UNREADABLE),
+    )
+
+
+def pass_fitting(bundle: Bundle, pixels: np.ndarray, *, fill: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What `Bundle.pass_through` gives, in halves where a GPU's memory does not hold the batch."""
+    try:
+        return [bundle.pass_through(pixels, fill=fill)]
+    except torch.OutOfMemoryError:
+        if len(pixels) == 1:
+            raise
+    torch.cuda.empty_cache()
+    middle = len(pixels) // 2
+    return [*pass_fitting(bundle, pixels[:middle]), *pass_fitting(bundle, pixels[middle:])]
+
+
+def batch_of(bundle: Bundle) -> int:
+    """How many images a pass takes: on a GPU as many as half of its free memory holds, as one pass has shown, else EVAL_BATCH."""
+    if bundle.device.type != "cuda":
+        return EVAL_BATCH
+    torch.cuda.reset_peak_memory_stats(bundle.device)
+    before = torch.cuda.memory_allocated(bundle.device)
+    pass_fitting(bundle, np.zeros((EVAL_BATCH, bundle.size, bundle.size, 3), np.uint8))
+    taken = torch.cuda.max_memory_allocated(bundle.device) - before
+    free, _ = torch.cuda.mem_get_info(bundle.device)
+    return fitting_batch(taken / EVAL_BATCH, free)
+
+
+def fitting_batch(image_bytes: float, free_bytes: float) -> int:
+    """The largest power of 2, at most MOST_IN_BATCH, whose images take at most half of what is free; at least 1."""
+    batch = MOST_IN_BATCH
+    while batch > 1 and batch * image_bytes > free_bytes / 2:
+        batch //= 2
+    return batch
+
+
+def _losses(logits: np.ndarray, labels: Sequence[int | None]) -> list[float | None]:
+    wide = logits.astype(np.float64)
+    top = wide.max(axis=1, initial=-np.inf)
+    whole = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
+    return [None if label is None else float(whole[row] - wide[row, label]) for row, label in enumerate(labels)]
