@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -185,7 +186,13 @@ def wait_for(what: Callable[[], Any], process: psutil.Process, within_s: float =
 
 
 def train_workers(driver: psutil.Process) -> list[psutil.Process]:
-    return [each for each in driver.children(recursive=True) if "RayTrainWorker" in " ".join(each.cmdline())]
+    """Those of Ray Train below a driver, by age."""
+    found = []
+    for each in driver.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            if "RayTrainWorker" in " ".join(each.cmdline()):
+                found.append(each)
+    return sorted(found, key=psutil.Process.create_time)
 
 
 @pytest.mark.slow
@@ -212,3 +219,28 @@ def test_what_a_lost_process_had_saved_is_not_lost(
     assert only_row(study)["status"] == "complete"
     undisturbed = frostline.train(job_of(tmp_path / "undisturbed", *LONG))
     same_models(undisturbed, study, 0.0)
+
+
+@pytest.mark.slow
+def test_a_training_that_loses_workers_again_and_again_is_a_failed_row(
+    tmp_path: Path, driver: Callable[[], psutil.Process]
+) -> None:
+    """`scaling.restarts` is 1 here: the second loss is the last."""
+    study = tmp_path / "study"
+    text = (tmp_path / "job.toml").read_text().replace("[scaling]", "[scaling]\nrestarts = 1")
+    (tmp_path / "job.toml").write_text(text)
+    process = driver()
+    wait_for(lambda: len(train_workers(process)) == 2 and checkpoint_of(study).exists(), process)
+    first = train_workers(process)
+    first[-1].kill()
+
+    def others() -> bool:
+        return len(found := train_workers(process)) == 2 and not {*found} & {*first}
+
+    wait_for(others, process)
+    train_workers(process)[-1].kill()
+    assert process.wait(240) == 1
+    row = only_row(study)
+    assert (row["status"], row["error_kind"]) == ("failed", "worker_lost")
+    assert row["reason"].startswith("a worker ended: ")
+    assert row["epochs"] > 0, "those that were told"

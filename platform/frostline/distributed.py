@@ -10,9 +10,8 @@ import os
 import tempfile
 from typing import Any
 
-os.environ.setdefault(
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "30"
-)  # a worker that does not answer is gone; Ray waits 600 s
+# a worker that does not answer is gone; Ray itself waits for 600 s
+os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "30")
 
 import ray
 import torch
@@ -25,7 +24,7 @@ from frostline.collectives import agreed
 from frostline.features import Feed
 from frostline.freeze import FreezeError
 from frostline.machine import interface_settings
-from frostline.outcome import EpochRecord, lost
+from frostline.outcome import EpochRecord
 from frostline.spec import TrialSpec
 from frostline.trial import failed, run_trial
 from frostline.world import World, gpus_of_a_trial
@@ -70,7 +69,7 @@ def train_together(spec: TrialSpec, study: Any) -> None:
                 reason = _reason(error)
         if not ray.get(study.runs.remote(spec.trial_id)):
             return
-    ray.get(study.finish.remote({spec.trial_id: lost(spec, [], reason)}))
+    ray.get(study.give_up.remote(spec.trial_id, reason))
 
 
 def _reason(error: TrainingFailedError) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from frostline.outcome import EpochRecord, Outcome
+from frostline.outcome import EpochRecord, Outcome, lost
 from frostline.snapshot import Snapshot
 from frostline.spec import Job, TrialSpec
 from frostline.study import Study
@@ -94,6 +94,11 @@ class StudyActor:
     def runs(self, trial_id: str) -> bool:
         """Whether a trial has not ended."""
         return trial_id in self._opened.running
+
+    def give_up(self, trial_id: str, reason: str) -> None:
+        """End a trial that has lost its workers too often."""
+        running = self._opened.running[trial_id]
+        self._opened.finish({trial_id: lost(running.spec, running.records, reason)})
 
     def hold(self, root: str, keys: Collection[str]) -> None:
         self._opened.hold(root, keys)

@@ -27,7 +27,7 @@ from frostline.outcome import EpochRecord, Outcome, summarise
 from frostline.rows import Cost, describe, describe_data, describe_network, failure, prediction_rows, score_on_test
 from frostline.spec import TrialSpec
 from frostline.training import Batches, Seeding, Training, predict, recalibrate
-from frostline.world import World, autocast_dtype
+from frostline.world import CPU, World, autocast_dtype
 
 Report = Callable[[EpochRecord], bool]
 """Takes the record of an epoch and answers whether to go on."""
@@ -79,7 +79,7 @@ def trial_steps(
 
     end = end_of(config.head, len(backbone.stages))
     plan = compile_plan(config.freeze, backbone.stages, end, config.train.epochs)
-    trunk = on_device(backbone, world.device)
+    trunk = on_device(backbone, CPU if world.sharded else world.device)  # no device may hold all of it
     network = Network(spanning_norms(world, trunk) if plan.live_statistics else trunk, head_of(spec, origin))
     adapt(network.backbone, config.freeze, backbone.stages[plan.cut : plan.end], spec.seeds.head)
     phases = apply_plan(plan, network, backbone)
@@ -101,10 +101,10 @@ def trial_steps(
     if config.head.init == "probe":
         start = feed.pretrained(origin, plan.end, train.samples, spec.features if spec.start_stored else None)
         set_probe(network.head, start, dataset.labels[train.samples])
+    shard(world, network)
     if applied.recalibrated:
         recalibrate(network, applied, train, spec.seeds.order)
     held = fixed_hash(network, applied)
-    shard(world, network)
     cost.lap("setup")
     yield None
 

@@ -40,7 +40,8 @@ class World:
         return World(find_device(resources.device), socket.gethostname(), rank, workers, sharded)
 
 
-ALONE = World(torch.device("cpu"), "")
+CPU = torch.device("cpu")
+ALONE = World(CPU, "")
 """For code that trains by itself: one worker."""
 
 
