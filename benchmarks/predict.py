@@ -39,7 +39,7 @@ IMAGES = Path(FASHION_MNIST) / "t10k-images-idx3-ubyte.gz"
 
 
 def bundle_in(folder: Path) -> Path:
-    """A head on Lite0, trained for an epoch on 20 images a class of digits' kind: what it says does not matter here."""
+    """A head on Lite0 that has seen 20 digits a class once: what it says of clothes does not matter here."""
     arm = {"strategy": "linear_probe", "space": {"train.head_lr": 1e-2}}
     job = {
         "name": "predict",
@@ -68,7 +68,6 @@ def main() -> None:
         mean, std = (255 * torch.tensor(shown[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
         kept: list[torch.Tensor] = []
         outs: list[Path] = []
-        loaded, whole = predict.load_bundle, predict.open_source
 
         def network(pixels: np.ndarray) -> None:
             kept.append(bundle.network(torch.from_numpy(pixels).permute(0, 3, 1, 2).float().sub_(mean).div_(std)))
@@ -107,7 +106,6 @@ def main() -> None:
         if images < 10_000:
             predict._in_split = lambda *_: range(60_000, 60_000 + images)
         found = interleaved({"network alone": alone, "bare loop": bare, "frostline predict": ours}, rounds)
-        predict.load_bundle, predict.open_source = loaded, whole
         bare()
         schema = parts.schema_of(bundle.classes, features=False)
         rows = read_table(outs[-1], predict.RECORD, predict.RECORD, schema)
