@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 network, about = load_bundle(sys.argv[1])
 spec = TrialSpec.model_validate(about["spec"])
 data = load_data(spec.data, spec.seeds.split)
-images = Feed().images(origin_of(spec, World.here(spec.resources)))
+images = Feed().inputs(origin_of(spec, World.here(spec.resources)))
 test = data.indices("test")
 np.save(sys.argv[2], probabilities(predict(network, Batches(images, test, torch.from_numpy(data.labels[test])))))
 """

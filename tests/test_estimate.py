@@ -344,7 +344,7 @@ def test_a_search_stays_within_the_images_and_bytes_of_its_estimate(tmp_path: Pa
         n_test=len(dataset.indices("test")),
         classes=10,
         feature_dim=24,
-        pixels_bytes=dataset.pixels.nbytes,
+        pixels_bytes=dataset.inputs.nbytes,
     )
     times, stored = stage_times(prepared), {1: 2048, 2: 1024, 3: 96}
     found = estimate(prepared.job, stage_table(prepared.backbone, 16), sizes, times, 1, stored, mean_bytes(prepared))

@@ -163,7 +163,7 @@ def changes(root: Path) -> dict[str, Any]:
         "mean": replace(origin, backbone=replace(origin.backbone, mean=(0.1, 0.2, 0.3))),
         "std": replace(origin, backbone=replace(origin.backbone, std=(0.1, 0.2, 0.3))),
         "resolution": origin_of(folder, CPU),
-        "images": replace(origin, dataset=replace(origin.dataset, pixels_hash="other")),
+        "images": replace(origin, dataset=replace(origin.dataset, inputs_hash="other")),
         "dtype": origin_of(base("features.dtype=float16"), CPU),
         "precision": origin_of(base("train.precision=bf16"), CPU),
         "view": viewed,

@@ -22,7 +22,10 @@ from frostline.cuts import cut_at, leave_at
 from frostline.depths import end_of
 from frostline.freeze import Applied, Network, apply_plan, compile_plan, pretrained_names, whole
 from frostline.head import build_head
-from frostline.spec import TrialSpec
+from frostline.inputs import Images, Inputs
+from frostline.modality import reads_text
+from frostline.spec import Data, TrialSpec
+from frostline.tokens import Tokenizer, load_tokenizer, parse_tokenizer, tokenizer_files
 
 FORMAT = 1
 
@@ -48,12 +51,7 @@ def bundle_files(
         "format": FORMAT,
         "spec": spec.model_dump(mode="json"),
         "labels": list(classes),
-        "preprocessing": {
-            "image_size": spec.data.image_size,
-            "fit": spec.data.fit,
-            "mean": list(backbone.mean),
-            "std": list(backbone.std),
-        },
+        "preprocessing": preprocessing_of(spec.data, backbone.inputs),
         "scores": scores,
         "weights_hash": backbone.weights_hash,
         "stages_hash": backbone.stages_hash,
@@ -64,6 +62,7 @@ def bundle_files(
         "model.safetensors": safetensors.save(moved),
         "bundle.json": (json.dumps(about, indent=2) + "\n").encode(),
         "README.md": _model_card(spec, classes, row).encode(),
+        **(tokenizer_files(spec.data.tokenizer) if spec.data.tokenizer else {}),
     }
 
 
@@ -80,19 +79,21 @@ def load_bundle(folder: str | Path) -> tuple[Network, dict[str, Any]]:
     if about.get("format") != FORMAT:
         raise BundleError(f"{folder}: bundle format {about.get('format')!r}, and this version reads format {FORMAT}")
     spec = TrialSpec.model_validate(about["spec"])
+    check_preprocessing(folder, about["preprocessing"])
     backbone = load_backbone(spec.backbone, image_size=spec.data.image_size)
     if backbone.weights_hash != about["weights_hash"]:
         raise BundleError(
             f"{folder}: made on a backbone with weights {about['weights_hash']}, but {spec.backbone.name} "
             f"({spec.backbone.weights}) now has {backbone.weights_hash}"
         )
-    stages, size = len(backbone.stages), about["preprocessing"]["image_size"]
+    stages, size = len(backbone.stages), spec.data.size
     end, width = end_of(spec.config.head, stages), backbone.feature_dim
     trunk = copy.deepcopy(backbone.module)
     if end < stages:
+        assert size is not None, "settled before it was trained"
         cut = cut_at(backbone, size, end)
         assert cut is not None, "it was trained there"
-        leave_at(trunk, cut)
+        leave_at(trunk, cut, backbone.inputs.pooled)
         width = pooled_width(cut.shape)
     network = Network(trunk, build_head(spec.config.head, width, len(about["labels"]), spec.seeds.head))
     plan = compile_plan(spec.config.freeze, backbone.stages, end, spec.config.train.epochs)
@@ -106,18 +107,42 @@ def load_bundle(folder: str | Path) -> tuple[Network, dict[str, Any]]:
     return network.eval(), about
 
 
+def preprocessing_of(data: Data, inputs: Inputs) -> dict[str, Any]:
+    """What is done to a sample before the network is fed it, as JSON values."""
+    if isinstance(inputs, Images):
+        return {"image_size": data.image_size, "fit": data.fit, **inputs.about()}
+    assert data.tokenizer is not None, "settled before it was trained"
+    tokenizer, pair = load_tokenizer(data.tokenizer), data.pair_column is not None
+    kept = {"tokenizer": tokenizer.hash, "pad_token": tokenizer.pad, "pad_id": tokenizer.pad_id}
+    return {**kept, "max_tokens": data.max_tokens, "pair": pair, "pool": inputs.pool}
+
+
+def check_preprocessing(folder: Path, said: dict[str, Any]) -> None:
+    """Whether a bundle's tokenizer is the one that it was trained with. Raises BundleError."""
+    if "tokenizer" in said and (found := tokenizer_of(folder, said).hash) != said["tokenizer"]:
+        raise BundleError(f"{folder}: its tokenizer.json has hash {found}, and it was trained with {said['tokenizer']}")
+
+
+def tokenizer_of(folder: Path, said: dict[str, Any]) -> Tokenizer:
+    """The tokenizer in a bundle of this preprocessing. Raises BundleError."""
+    try:
+        return parse_tokenizer(str(folder), (folder / "tokenizer.json").read_text(encoding="utf-8"), said["pad_token"])
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{folder}: its tokenizer cannot be read: {error}") from error
+
+
 def _model_card(spec: TrialSpec, classes: tuple[str, ...], row: dict[str, Any]) -> str:
-    config = spec.config
+    config, noun = spec.config, "text" if reads_text(spec.backbone.name) else "image"
     return f"""---
 library_name: frostline
-tags: [image-classification, transfer-learning]
+tags: [{noun}-classification, transfer-learning]
 base_model: {spec.backbone.name}
 ---
 # {spec.trial_id}
 
 `{spec.backbone.name}` fine-tuned with strategy `{config.freeze.strategy}`: {row["freeze_depth"]} of {row["stages"]}
 stages frozen, the head after stage {row["head_depth"]}, norm layers `{config.freeze.norm}`, {row["trainable_params"]:,} of {row["total_params"]:,} parameters
-trained on {row["n_train"]} images for {row["epochs"]} epochs.
+trained on {row["n_train"]} {noun}s for {row["epochs"]} epochs.
 
 | split | n | accuracy | NLL |
 |---|---|---|---|

@@ -88,6 +88,7 @@ def probe_backbones(
         n_train=len(train),
         n_val=len(dataset.indices("val")),
         classes=len(dataset.classes),
+        inputs=f"{first.backbone.inputs.noun}s",
         folds=len(folds),
         no_folds=why,
         candidates=tuple(found),
@@ -154,7 +155,7 @@ def probe_backbone(
             lambda root, keys: held.enter_context(Store(root).hold(keys)),
         )
         if images := sum(len(shard.samples) for shard in lacking.shards):
-            say(f"{backbone.name}: {images:,} images through {len(backbone.stages)} stages")
+            say(f"{backbone.name}: {images:,} {backbone.inputs.noun}s through {len(backbone.stages)} stages")
         for shard in lacking.shards:
             extract(shard, feed, world)
         places = []
@@ -165,7 +166,7 @@ def probe_backbone(
         backbone=backbone.name,
         weights=spec.backbone.weights,
         weights_hash=backbone.weights_hash,
-        image_size=origin.dataset.pixels.shape[1],
+        size=origin.dataset.size,
         stages=len(backbone.stages),
         images_passed=feed.images_forwarded,
         seconds=time.perf_counter() - started,
