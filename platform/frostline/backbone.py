@@ -133,7 +133,7 @@ def stage_table(backbone: Backbone, size: int) -> tuple[StageCost, ...]:
 @lru_cache(maxsize=4)
 def _load(name: str, weights: str, image_size: int | None, stamp: int, seed: int, pool: Pool) -> Backbone:
     kind, separator, rest = re.findall(r"^([^/:]*)([/:]?)(.*)", name)[0]
-    if kind + separator not in _SOURCES:
+    if kind + separator not in _SOURCES and not reads_text(name):
         near = difflib.get_close_matches(
             kind, ["efficientnet-lite0", "timm", "torchvision", "python", "text", MINILM], n=1
         )
