@@ -222,7 +222,7 @@ def test_bad_samples_can_be_excluded_with_their_reasons(tmp_path):
     assert dataset.data_hash == clean.data_hash
     assert dataset.split.tolist() == clean.split.tolist()
     assert dataset.split_hash != clean.split_hash
-    np.testing.assert_array_equal(dataset.inputs, clean.pixels)
+    np.testing.assert_array_equal(dataset.inputs, clean.inputs)
 
 
 def test_duplicates_across_given_splits_leave_train_first_and_test_never(tmp_path):
@@ -406,7 +406,7 @@ def test_s3_and_local_files_give_the_same(tmp_path, monkeypatch):
     for name in ("pets", "d.parquet"):
         near, far = load(tmp_path / name, on_bad="exclude"), load(f"s3://parity/{name}", on_bad="exclude")
         assert (far.data_hash, far.split_hash, far.inputs_hash) == (near.data_hash, near.split_hash, near.inputs_hash)
-        np.testing.assert_array_equal(far.pixels, near.pixels)
+        np.testing.assert_array_equal(far.inputs, near.inputs)
         assert far.excluded == near.excluded
     write(tmp_path, "other.png")
     client.upload_file(tmp_path / "other.png", "parity", "pets/cat/00.png")

@@ -117,7 +117,7 @@ def folds_of(dataset: Dataset, train: np.ndarray, seed: int) -> tuple[list[tuple
     labels = dataset.labels[train]
     least = int(np.bincount(labels, minlength=len(dataset.classes)).min())
     if least < 2:
-        return [], "a class has fewer than 2 train images, so that none can be left out"
+        return [], "a class has fewer than 2 train samples, so that none can be left out"
     folds = min(FOLDS, least)
     if dataset.groups is None:
         parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
@@ -128,7 +128,7 @@ def folds_of(dataset: Dataset, train: np.ndarray, seed: int) -> tuple[list[tuple
         parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, groups)
     found = [(fit, held) for fit, held in parts if len(held)]
     if any(len(np.unique(labels[fit])) < len(dataset.classes) for fit, _ in found):
-        return [], "a class has all its train images in so few groups that leaving one out leaves none"
+        return [], "a class has all its train samples in so few groups that leaving one out leaves none"
     return found, None
 
 

@@ -44,6 +44,7 @@ PACKAGES = {
 NAMES = ("digits", *PACKAGES)
 """What data.path may be besides a path."""
 FORTUNES_A_CLASS = 200
+_FOR_TEXTS = "the backbone takes images: for texts name an encoder of these, such as backbone.name = 'all-minilm-l6-v2'"
 _IDX_NAME = re.compile(r"((?:train|t10k)-(?:images-idx3|labels-idx1)-ubyte)(?:\.gz)?")
 
 
@@ -88,25 +89,25 @@ def open_source(spec: Data) -> Source:
         return _digits()
     place, tree = _reached(spec.path)
     kind = infer_kind(spec.path, tree.files)
-    if spec.path == "fortunes" or (kind == "folder" and any(map(is_table, tree.files))):
-        raise DataError(
-            f"{place.name} holds texts, and the backbone takes images: name a text encoder as backbone.name"
-        )
+    if spec.path == "fortunes":
+        raise DataError(f"{place.name} holds texts; {_FOR_TEXTS}")
     if tree.is_file and kind != "parquet":
-        raise DataError(f"{place.name} is a single file and not Parquet: name a folder or a .parquet file")
+        hint = f"; {_FOR_TEXTS}" if is_table(place.name) else ""
+        raise DataError(f"{place.name} is a single file and not Parquet: name a folder or a .parquet file{hint}")
     if kind == "idx":
         return _idx(place, tree)
     return _parquet(spec, place, tree) if kind == "parquet" else _folder(place, tree)
 
 
 def _reached(path: str) -> tuple[Place, Tree]:
-    place = locate(PACKAGES[path][0] if path in PACKAGES else path)
+    folder, packages = PACKAGES.get(path, (path, None))
+    place = locate(folder)
     try:
         return place, scan(place)
     except DataError as error:
-        if path not in PACKAGES:
+        if packages is None:
             raise
-        raise DataError(f"{error}; `apt-get install {PACKAGES[path][1]}` puts it there (Debian, Ubuntu)") from None
+        raise DataError(f"{error}; `apt-get install {packages}` puts it there (Debian, Ubuntu)") from None
 
 
 def infer_kind(path: str, files: Iterable[str]) -> Kind:
@@ -138,10 +139,11 @@ def _digits() -> Source:
 def _folder(place: Place, tree: Tree) -> Source:
     images = [name for name in tree.files if name.lower().endswith(IMAGE_SUFFIXES)]
     if not images:
+        hint = f"; {_FOR_TEXTS}" if any(map(is_table, tree.files)) else ""
         seen = (
             f"{len(tree.files)} other file(s), such as {next(iter(tree.files))!r}" if tree.files else "no visible file"
         )
-        raise DataError(f"{place.name} holds no images ({' '.join(IMAGE_SUFFIXES)}) and no Parquet, but {seen}")
+        raise DataError(f"{place.name} holds no images ({' '.join(IMAGE_SUFFIXES)}) and no Parquet, but {seen}{hint}")
     top = [name for name in tree.folders if "/" not in name]
     given = [name for name in top if name.lower() in SPLIT_NAMES]
     if 1 < len(given) < len(top):
