@@ -54,7 +54,7 @@ def load_encoder(folder: Path, weights: str, pool: Pool) -> tuple[Encoder, list[
     transformers = extra("text", "transformers")
     transformers.logging.set_verbosity_error()  # it announces every tensor that it leaves out
     transformers.logging.disable_progress_bar()
-    kept = {"trust_remote_code": False, "attn_implementation": "sdpa", "dtype": torch.float32}
+    kept = {"trust_remote_code": False, "attn_implementation": "sdpa", "dtype": torch.get_default_dtype()}
     try:
         if weights == "pretrained":
             given = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}

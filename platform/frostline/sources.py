@@ -43,7 +43,7 @@ PACKAGES = {
 """Names of data -> where Debian puts it, and in which packages."""
 NAMES = ("digits", *PACKAGES)
 """What data.path may be besides a path."""
-FORTUNES_A_CLASS = 200
+FORTUNES_A_CLASS = 500
 _FOR_TEXTS = "the backbone takes images: for texts name an encoder of these, such as backbone.name = 'all-minilm-l6-v2'"
 _IDX_NAME = re.compile(r"((?:train|t10k)-(?:images-idx3|labels-idx1)-ubyte)(?:\.gz)?")
 
@@ -279,7 +279,7 @@ def _text(texts: tuple[bytes, ...] | None) -> bytes:
 
 
 def _fortunes(place: Place, tree: Tree) -> Source:
-    """Debian's fortune cookies, a class a file: those of 200 texts and more, which stand between lines of a lone percent sign."""
+    """Debian's fortune cookies, a class a file: those of 500 texts and more, which stand between lines of a lone percent sign."""
     texts: dict[str, list[bytes]] = {}
     for name in tree.files:
         if "." not in name and "/" not in name:

