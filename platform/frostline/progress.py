@@ -105,8 +105,8 @@ def panel(snapshot: Snapshot) -> Group:
 
 
 def extraction(snapshot: Snapshot) -> str:
-    """How far the inputs are whose activations are being stored."""
-    return f"{snapshot.extracted:,} of {snapshot.to_extract:,} inputs through frozen stages"
+    """How far the samples are whose activations are being stored."""
+    return f"{snapshot.extracted:,} of {snapshot.to_extract:,} samples through frozen stages"
 
 
 def score(trial: Finished) -> str:
