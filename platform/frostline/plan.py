@@ -24,6 +24,8 @@ from frostline.spec import Arm, Job
 from frostline.stages import StageCost
 from frostline.text import plain
 
+ONE = {"image": "an image", "text": "a text"}
+
 
 def render_plan(job: Job, console: Console) -> None:
     """Print what a search of `job` would run and cost; 100 columns suffice.
@@ -68,9 +70,9 @@ def _stage_table(stages: Sequence[StageCost], noun: str) -> Table:
     for name in ("freeze\ndepth", "last\nfrozen stage", "para-\nmeters", "\nshare", "frozen\nshare"):
         table.add_column(name, justify="left" if "stage" in name else "right", overflow="fold")
     for name in (
-        f"MFLOPs\na{'n' * (noun == 'image')} {noun}",
+        f"MFLOPs\n{ONE[noun]}",
         "\nshare",
-        f"KiB a{'n' * (noun == 'image')} {noun}\nat the cut",
+        f"KiB {ONE[noun]}\nat the cut",
     ):
         table.add_column(name, justify="right")
     table.add_row("0", "none", "", "", "0.0%", "", "", "")
@@ -122,7 +124,7 @@ def _space(job: Job, arm: Arm, stages: int) -> Iterator[tuple[str, str]]:
 def _choice_table(choices: Sequence[Choice], noun: str) -> Table:
     """A line a cut: whether its activations are stored, what that gains, what it takes, and why."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for name in ("freeze\ndepth", "\nactivations", "\ngain", f"KiB a{'n' * (noun == 'image')}\n{noun}"):
+    for name in ("freeze\ndepth", "\nactivations", "\ngain", "KiB {}\n{}".format(*ONE[noun].split())):
         table.add_column(name, justify="left" if "activations" in name else "right", no_wrap=True)
     table.add_column("\nwhy", overflow="fold")
     for choice in choices:
