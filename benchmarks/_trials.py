@@ -15,7 +15,7 @@ from frostline.cuts import resume
 from frostline.features import EVAL_BATCH, Feed, on_device
 from frostline.freeze import Network, apply_plan, compile_plan, train_mode
 from frostline.spec import Job, TrialSpec, configure, search_seeds, trial_of
-from frostline.train import build_optimizer
+from frostline.training import build_optimizer
 from frostline.trial import head_of, origin_of
 from frostline.world import World
 

@@ -65,7 +65,7 @@ from frostline.propose import Proposer
 from frostline.seeds import Seeds
 from frostline.spec import Config, Job, Train, configure, search_seeds
 from frostline.testing import TOY_BACKBONE
-from frostline.train import rate_factor
+from frostline.training import rate_factor
 
 CORES = os.cpu_count() or 1
 DECAYS = (0.0, 1e-3, 1e-2, 1e-1)

@@ -42,8 +42,8 @@ def ours(trials: int) -> dict[str, Any]:
     from frostline.pack import Finish, Report
     from frostline.prepare import prepare
     from frostline.rows import describe
+    from frostline.snapshot import Snapshot
     from frostline.spec import TrialSpec
-    from frostline.study import Snapshot
     from frostline.testing import toy_job
     from frostline.tune import run_tune
     from frostline.worker import Worker

@@ -13,7 +13,7 @@ from frostline.backbone import Backbone
 from frostline.freeze import Applied, Network, apply_plan, compile_plan
 from frostline.head import build_head
 from frostline.spec import Freeze, Head, Strategy
-from frostline.train import Batches
+from frostline.training import Batches
 
 CLASSES, EPOCHS = 3, 4
 

@@ -25,7 +25,7 @@ from frostline.data import load_data
 from frostline.features import Feed
 from frostline.metrics import probabilities
 from frostline.spec import TrialSpec
-from frostline.train import Batches, predict
+from frostline.training import Batches, predict
 from frostline.trial import origin_of
 from frostline.world import World
 torch.set_num_threads(1)

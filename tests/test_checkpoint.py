@@ -20,7 +20,7 @@ from frostline.outcome import EpochRecord, Outcome
 from frostline.prepare import prepare
 from frostline.spec import BackboneSpec, Freeze, Train, TrialSpec, configure, confirm_seeds, trial_of
 from frostline.testing import TOY_BACKBONE, toy_job
-from frostline.train import Seeding, Training
+from frostline.training import Seeding, Training
 from frostline.trial import run_trial
 from frostline.world import World
 

@@ -140,7 +140,8 @@ def test_what_cannot_be_run_is_refused_before_anything_is_spent(
 def test_a_job_without_arms_has_nothing_to_search(capsys: pytest.CaptureFixture[str]) -> None:
     Path("bare.toml").write_text('name = "bare"\n[data]\npath = "digits"\n')
     assert main(["search", "bare.toml"]) == 2
-    assert "no arms" in capsys.readouterr().err
+    assert "no arms to search" in (said := capsys.readouterr().err)
+    assert "frostline train" in said
 
 
 def test_results_of_what_is_no_study(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,11 +17,11 @@ from _freezing import EPOCHS, STRATEGIES, batches, freezing, network_of
 from _workers import together
 from frostline.backbone import Backbone, load_backbone
 from frostline.checkpoint import load_training, save_training
-from frostline.collectives import full, shard, share
+from frostline.collectives import full, shard, share, spanning_norms
 from frostline.outcome import EpochRecord
 from frostline.spec import BackboneSpec, Freeze, Train
 from frostline.testing import TOY_BACKBONE
-from frostline.train import Batches, Seeding, Training, predict
+from frostline.training import Batches, Seeding, Training, predict
 from frostline.world import ALONE, World
 
 SAMPLES = 11  # batches of 4, 4 and 3, and of 3 workers one has a sample less, or none
@@ -202,3 +202,9 @@ def test_each_sample_is_scored_once_whatever_the_number_of_workers(samples: int,
     assert len(wanted) == samples
     for found in together(workers, predicted, samples):
         assert np.array_equal(found, wanted)
+
+
+def test_live_norms_over_workers_are_refused_where_pytorch_has_none() -> None:
+    with pytest.raises(ValueError, match=r'freeze\.norm = "batch" with scaling\.workers > 1'):
+        spanning_norms(replace(ALONE, workers=2), nn.BatchNorm2d(3))
+    assert type(spanning_norms(ALONE, nn.BatchNorm2d(3))) is nn.BatchNorm2d

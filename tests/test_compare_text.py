@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from _studies import RATES, write_study
-from frostline.compare import compare
 from frostline.compare_text import markdown, render
+from frostline.comparison import compare
 
 GOOD = [0.90, 0.91, 0.93, 0.92, 0.90]
 CLOSE = [0.895, 0.92, 0.925, 0.905, 0.91]

@@ -23,7 +23,7 @@ from frostline.modality import MINILM
 from frostline.spec import BackboneSpec, Train
 from frostline.testing import text_encoder
 from frostline.tokens import folder_of, load_tokenizer, to_ids
-from frostline.train import Batches, Seeding, train_epochs
+from frostline.training import Batches, Seeding, train_epochs
 from frostline.weights import hash_weights
 
 SIZES: dict[str, Any] = {

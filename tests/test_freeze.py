@@ -31,7 +31,7 @@ from frostline.freeze import (
 from frostline.head import build_head
 from frostline.spec import BackboneSpec, Freeze, Head, Train, confirm_seeds, search_seeds
 from frostline.testing import toy_job
-from frostline.train import Batches, Seeding, build_optimizer, recalibrate, train_epochs
+from frostline.training import Batches, Seeding, build_optimizer, recalibrate, train_epochs
 
 FAMILIES = {
     "timm/resnet10t": 32,

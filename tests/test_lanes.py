@@ -24,7 +24,7 @@ from frostline.lanes import Lane, lanes_together, train_lanes
 from frostline.outcome import EpochRecord
 from frostline.spec import BackboneSpec, Freeze, Head, Train
 from frostline.testing import TOY_BACKBONE
-from frostline.train import Batches, NonFiniteError, Seeding, predict, train_epochs
+from frostline.training import Batches, NonFiniteError, Seeding, predict, train_epochs
 
 CLASSES = 3
 LINEAR = Head()

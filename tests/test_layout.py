@@ -68,7 +68,7 @@ def test_jobs_are_valid_and_say_what_to_expect(path: Path) -> None:
     header = path.read_text().split("\nname")[0]
     for word in ("Shows:", "Command:", "Time:", "Result:"):
         assert f"# {word}" in header, word
-    assert f"frostline search jobs/{path.name}" in header
+    assert re.search(rf"frostline (search|train) jobs/{re.escape(path.name)}", header)
     assert f"{path.stem}.toml" in (ROOT / "jobs" / "README.md").read_text()
     for name, arm in job.arms.items():
         assert distributions(arm, 8) or arm.strategy

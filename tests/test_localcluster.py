@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from frostline import localcluster, network, results
@@ -44,6 +45,18 @@ import frostline
 from frostline.testing import toy_job
 
 frostline.search(toy_job(Path(sys.argv[2]), sys.argv[3:]), address=sys.argv[1])
+"""
+
+TRAIN = """
+import sys
+from pathlib import Path
+import frostline
+from frostline.jobfile import parse_job
+from frostline.testing import toy_job
+
+raw = toy_job(Path(sys.argv[2]), sys.argv[3:]).model_dump(mode="json", exclude_unset=True)
+del raw["arms"], raw["search"], raw["confirm"]
+frostline.train(parse_job(raw), address=sys.argv[1])
 """
 
 PLAIN = ("search.sampler=qmc", "search.pruner.kind=none", "features.cache=none")
@@ -164,6 +177,56 @@ def test_a_search_goes_on_without_a_node_that_was_killed(cluster: Cluster, tmp_p
     failed = [row for row in rows if row["status"] != "complete"]
     assert [row["error_kind"] for row in failed] in ([], ["worker_lost"]), "at most the trial that was training there"
     assert {row["node"] for row in rows} - {lost, None}, "others have done the rest"
+
+
+@pytest.mark.slow
+@needs_namespaces
+@pytest.mark.parametrize("fault", [localcluster.kill, localcluster.cut])
+def test_a_training_goes_on_without_a_node_that_is_lost(
+    cluster: Cluster, tmp_path: Path, fault: Callable[[str], None]
+) -> None:
+    """Two workers on two of three nodes; one of these goes, and the training ends with the bits of one that had both."""
+    options = ("scaling.workers=2", "scaling.checkpoint_s=0", "train.epochs=30", "data.per_class=40")
+    training = driver(cluster, TRAIN, str(tmp_path / "study"), *options)
+    kept = tmp_path / "study" / "checkpoints" / "train-00000-c0.safetensors"
+    wait_until(lambda: kept.exists() or training.poll() is not None, 120)
+    assert training.poll() is None, training.communicate()
+    lost = max(node.name for node in localcluster._there().nodes if trains(node.pid))
+    fault(lost)
+    answer(training)
+    (row,) = results.read_trials(tmp_path / "study").to_pylist()
+    assert (row["status"], row["epochs"]) == ("complete", 30)
+    assert lost not in (used := row["node"].split(", "))
+    assert len(used) == 2
+    assert sorted(row["epoch"] for row in results.read_epochs(tmp_path / "study").to_pylist()) == [*range(1, 31)]
+    localcluster.heal(lost)
+    wait_until(lambda: localcluster._registered(cluster)[lost])
+    answer(driver(cluster, TRAIN, str(tmp_path / "undisturbed"), *options))
+    models = [(tmp_path / name / "bundle" / "model.safetensors").read_bytes() for name in ("study", "undisturbed")]
+    assert models[0] == models[1]
+
+
+@pytest.mark.slow
+@needs_namespaces
+def test_a_training_that_may_goes_on_with_fewer_workers(cluster: Cluster, tmp_path: Path) -> None:
+    options = ("scaling.workers=3", "scaling.min_workers=2", "scaling.checkpoint_s=0", "train.epochs=30")
+    training = driver(cluster, TRAIN, str(tmp_path / "study"), *options)
+    kept = tmp_path / "study" / "checkpoints" / "train-00000-c0.safetensors"
+    wait_until(lambda: kept.exists() or training.poll() is not None, 120)
+    assert training.poll() is None, training.communicate()
+    assert all(trains(node.pid) for node in localcluster._there().nodes[1:]), "three at first"
+    localcluster.kill("node2")
+    answer(training)
+    (row,) = results.read_trials(tmp_path / "study").to_pylist()
+    assert (row["status"], row["epochs"], row["workers"], row["node"]) == ("complete", 30, 2, "node1, node3")
+    localcluster.heal("node2")
+    wait_until(lambda: localcluster._registered(cluster)["node2"])
+
+
+def trains(raylet: int) -> bool:
+    """Whether a worker of Ray Train runs on the node."""
+    below = psutil.Process(raylet).children(recursive=True)
+    return any("RayTrainWorker" in " ".join(process.cmdline()) for process in below)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from frostline.finalists import Finished
 from frostline.progress import Progress, duration, line, panel
-from frostline.study import Snapshot
+from frostline.snapshot import Snapshot
 
 BEST = Finished("freeze-00007", "freeze", 7, "search", "complete", 0.9512, 3.0)
 PRUNED = Finished("freeze-00008", "freeze", 8, "search", "pruned", None, 1.0)

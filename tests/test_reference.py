@@ -175,7 +175,7 @@ def test_the_schema_and_the_reader_agree_on_a_space(path: str, entry: Any, fits:
         ("train", "lr", 0),
         ("train", "lr", "1e-3"),
         ("data", "fit", "crops"),
-        ("search", "trials", 0),
+        ("search", "trials", -1),
     ],
 )
 def test_the_schema_refuses_what_the_reader_does(section: str, key: str, value: Any) -> None:

@@ -51,7 +51,7 @@ from frostline.spec import (
 )
 from frostline.strategies import CATALOGUE, judged_epoch, phases_of, run_cuts
 from frostline.testing import TOY_BACKBONE, toy_job
-from frostline.train import Batches, RelativeNorms, Seeding, build_optimizer, predict, train_epochs
+from frostline.training import Batches, RelativeNorms, Seeding, build_optimizer, predict, train_epochs
 from frostline.trial import origin_of, run_trial
 from frostline.world import World
 

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from _studies import RATES, STAGES, write_study
-from frostline.compare import compare
 from frostline.compare_text import render
+from frostline.comparison import compare
 from frostline.transfer import Gain
 
 SCRATCH = {"scratch": {"strategy": "scratch", "space": RATES}}

@@ -193,12 +193,21 @@ def test_concurrency_is_what_the_nodes_hold() -> None:
     from frostline.tune import PlacementError, concurrency
 
     nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 3.0}, {}]
-    assert concurrency(1, 0, nodes) == 7
-    assert concurrency(2, 0, nodes) == 3
-    assert concurrency(1, 0.5, nodes) == 4
-    assert concurrency(4, 1, nodes) == 1
+
+    def held(cpus: float, gpus: float, *overrides: str) -> int:
+        return concurrency(toy_job(Path("study"), [f"resources.cpus={cpus}", *overrides]), gpus, nodes)
+
+    assert held(1, 0) == 7
+    assert held(2, 0) == 3
+    assert held(1, 0.5) == 4
+    assert held(4, 1) == 1
+    assert held(1, 0, "scaling.workers=3") == 2
+    assert held(1, 0, "scaling.workers=7") == 1
+    assert held(1, 0, "scaling.workers=9", "scaling.min_workers=2") == 1
     with pytest.raises(PlacementError, match=r"needs 8 CPUs and 0 GPUs on one node .* 4 CPUs and 2 GPUs; 3 CPUs"):
-        concurrency(8, 0, nodes)
+        held(8, 0)
+    with pytest.raises(PlacementError, match=r"8 workers .* there is room for 7"):
+        held(1, 0, "scaling.workers=8")
 
 
 def test_a_trial_that_no_node_can_hold_is_refused_before_anything_starts(tmp_path: Path) -> None:

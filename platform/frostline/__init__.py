@@ -5,15 +5,20 @@ from typing import TYPE_CHECKING, Any
 from frostline.versions import VERSION
 
 if TYPE_CHECKING:
-    from frostline.api import probe, search
+    from frostline.api import best_job, probe, search, train
+    from frostline.comparison import compare
 
-__all__ = ["__version__", "probe", "search"]
+__all__ = ["__version__", "best_job", "compare", "probe", "search", "train"]
 __version__ = VERSION
 
 
 def __getattr__(name: str) -> Any:
-    """`frostline.search` and `frostline.probe`, imported on first use: reading results needs neither torch nor Ray."""
-    if name in ("probe", "search"):
+    """These are imported on first use: reading results needs neither torch nor Ray."""
+    if name == "compare":
+        from frostline.comparison import compare
+
+        return compare
+    if name in __all__:
         from frostline import api
 
         return getattr(api, name)

@@ -11,15 +11,18 @@ from rich.console import Console
 from frostline.candidates import Probed
 from frostline.data import splits_table
 from frostline.estimate import facts_of
+from frostline.fixed import best_job, fixed_job
 from frostline.inline import run_inline
 from frostline.jobfile import load_job, parse_job
 from frostline.prepare import prepare
 from frostline.probing import probe_backbones
 from frostline.progress import Progress
 from frostline.refresh import refreshing
+from frostline.snapshot import Snapshot
 from frostline.spec import BackboneSpec, Job
-from frostline.study import Snapshot
 from frostline.text import plain
+
+__all__ = ["SearchFailedError", "best_job", "probe", "search", "train"]
 
 
 class SearchFailedError(RuntimeError):
@@ -48,7 +51,10 @@ def search(
         raise ValueError("inline = True runs in this process, and address names a cluster: give one of them")
     job = _job(job, overrides)
     if not job.arms:
-        raise ValueError(f"job {job.name!r} has no arms to search; add [arms.NAME] with a strategy and a space")
+        raise ValueError(
+            f"job {job.name!r} has no arms to search; add [arms.NAME] with a strategy and a space, or train its one "
+            "configuration: `frostline train`"
+        )
     console = console or Console(stderr=True)
     who = {"driver": os.getpid()}
     with Progress(console) as progress, refreshing(job.folder) as report:
@@ -71,14 +77,32 @@ def search(
                 last = run_tune(prepared.job, facts, splits, **run, connected=connected)
     folder = job.folder
     _write_report(folder, console)
-    if last.best is None:
+    if last.best is None and job.search.trials:
         raise SearchFailedError(f"none of {last.done} trials completed; `frostline results {folder}` says why")
     if last.confirmed_complete < last.to_confirm:
         lost = last.to_confirm - last.confirmed_complete
-        raise SearchFailedError(
-            f"{lost} of {last.to_confirm} confirmations failed; `frostline results {folder}` says why"
-        )
+        what = "confirmations" if job.search.trials else "trainings"
+        raise SearchFailedError(f"{lost} of {last.to_confirm} {what} failed; `frostline results {folder}` says why")
     return folder
+
+
+def train(
+    job: Job | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    inline: bool = False,
+    address: str | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Train the one configuration that a job without arms says, on `scaling.workers` workers, and answer its folder: rows,
+    predictions on test and the bundle, as of a search's confirmations. One that was interrupted goes on from its last checkpoint.
+
+    The rest is as in `search`. A search's winner: `train(best_job("results/NAME"))`.
+    """
+    job = fixed_job(_job(job, overrides))
+    if inline and job.scaling.workers > 1:
+        raise ValueError(f"scaling.workers = {job.scaling.workers}: several workers train on Ray; leave --inline out")
+    return search(job, inline=inline, address=address, console=console)
 
 
 def probe(

@@ -19,7 +19,7 @@ from frostline.collectives import full, lay
 from frostline.freeze import whole
 from frostline.head import SeededDropout
 from frostline.outcome import EpochRecord
-from frostline.train import Training
+from frostline.training import Training
 from frostline.weights import hash_tensors
 
 FORMAT = 1

@@ -78,11 +78,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     search = _command(commands, "search", _search, "run a search, or go on with one that was interrupted")
     _add_job(search)
-    where = search.add_mutually_exclusive_group()
-    where.add_argument(
-        "--address", help="a running Ray cluster, 'auto' on one of its nodes; else a local Ray is started"
+    _add_where(search)
+
+    trained = _command(
+        commands,
+        "train",
+        _train,
+        "train one configuration, or go on with one that was interrupted; on several workers too",
     )
-    where.add_argument("--inline", action="store_true", help="run in this process, without Ray, for debugging")
+    trained.add_argument("job", help="a job file (TOML) without arms; with --best, a study's folder")
+    trained.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDE_HELP)
+    trained.add_argument("--best", action="store_true", help="the best configuration that the study has found")
+    _add_where(trained)
 
     _add_job(_command(commands, "plan", _plan, "show what a search would run and cost, before anything is spent"))
 
@@ -219,6 +226,14 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDE_HELP)
 
 
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--address", help="a running Ray cluster, 'auto' on one of its nodes; else a local Ray is started"
+    )
+    where.add_argument("--inline", action="store_true", help="run in this process, without Ray, for debugging")
+
+
 def _add_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "root",
@@ -257,12 +272,23 @@ def _add_cluster(commands) -> None:
 
 def _search(arguments: argparse.Namespace) -> int:
     job = load_job(arguments.job, arguments.overrides)
-    frostline.search(job, inline=arguments.inline, address=arguments.address)
-    console = _stdout()
-    results.render(job.folder, console)
-    if (report := job.folder / "report.html").is_file():
-        console.print(Text(f"report: {report}"), soft_wrap=True)
+    _show_end(frostline.search(job, inline=arguments.inline, address=arguments.address))
     return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    read = frostline.best_job if arguments.best else load_job
+    job = read(arguments.job, arguments.overrides)
+    _show_end(folder := frostline.train(job, inline=arguments.inline, address=arguments.address))
+    _stdout().print(Text(f"bundle: {folder / 'bundle'}"), soft_wrap=True)
+    return 0
+
+
+def _show_end(study: Path) -> None:
+    console = _stdout()
+    results.render(study, console)
+    if (report := study / "report.html").is_file():
+        console.print(Text(f"report: {report}"), soft_wrap=True)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -295,8 +321,8 @@ def _results(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from frostline.compare import compare
     from frostline.compare_text import markdown, render
+    from frostline.comparison import compare
 
     found = compare(arguments.studies)
     if arguments.json:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -40,12 +42,26 @@ def replicated(world: World, network: nn.Module) -> nn.Module:
         return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
 
 
+def spanning_norms(world: World, backbone: nn.Module) -> nn.Module:
+    """The backbone with norm layers whose batch statistics are those of the whole batch, of which each worker has a share. Raises
+    ValueError on a CPU, where PyTorch has no such layers."""
+    if world.workers == 1:
+        return backbone
+    if world.device.type != "cuda":
+        raise ValueError(
+            'freeze.norm = "batch" with scaling.workers > 1 takes statistics over all workers, which PyTorch does on GPUs only: '
+            'use "frozen", "affine" or "recalibrate", or one worker'
+        )
+    return convert_sync_batchnorm(backbone)
+
+
 def shard(world: World, network: nn.Module) -> None:
     """Spread a network's parameters over the workers (FSDP2), and with each its gradients and moments; it goes on to be called as
     before. What repeats, such as the blocks of a transformer, is made whole one at a time, when it is passed. Nothing where
     the job asks for whole copies."""
     if not world.sharded:
         return
+    network.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
     mesh = init_device_mesh(world.device.type, (world.workers,))
     for unit in [*_blocks(network), network]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from frostline.across import Across
 from frostline.arms import ArmResult
-from frostline.compare import COSTS, Comparison, Task
+from frostline.comparison import COSTS, Comparison, Task
 from frostline.stats import BINS, REPLICATES, Interval
 from frostline.text import brief, count, plain, print_whole
 from frostline.transfer import Gain

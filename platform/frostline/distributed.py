@@ -18,7 +18,7 @@ import ray
 import torch
 from ray import train
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from frostline.checkpoint import Keep
 from frostline.collectives import agreed
@@ -67,10 +67,17 @@ def train_together(spec: TrialSpec, study: Any) -> None:
             try:
                 trainer.fit()
             except TrainingFailedError as error:
-                reason = " ".join(str(error).split())[-400:]
+                reason = _reason(error)
         if not ray.get(study.runs.remote(spec.trial_id)):
             return
     ray.get(study.finish.remote({spec.trial_id: lost(spec, [], reason)}))
+
+
+def _reason(error: TrainingFailedError) -> str:
+    """What ended the workers: the end of the first one's complaint."""
+    complaints = [*error.worker_failures.values()] if isinstance(error, WorkerGroupError) else [error]
+    lines = [line.strip() for line in str(complaints[0]).splitlines() if line.strip()]
+    return f"a worker ended: {lines[-1] if lines else type(complaints[0]).__name__}"[:500]
 
 
 def keep_with(study: Any, spec: TrialSpec) -> Keep:

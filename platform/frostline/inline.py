@@ -14,8 +14,9 @@ from frostline.features import Feed
 from frostline.outcome import EpochRecord, Outcome
 from frostline.pack import run_pack
 from frostline.probes import probe
+from frostline.snapshot import Snapshot
 from frostline.spec import Job, TrialSpec
-from frostline.study import Snapshot, Study
+from frostline.study import Study
 from frostline.world import World
 
 

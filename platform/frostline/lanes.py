@@ -24,7 +24,7 @@ from frostline.head import SeededDropout, seed_dropout
 from frostline.metrics import scores
 from frostline.outcome import EpochRecord
 from frostline.spec import Metric, Train
-from frostline.train import REMEDY, Batches, NonFiniteError, rate_factor
+from frostline.training import REMEDY, Batches, NonFiniteError, rate_factor
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # what torch.optim.AdamW takes by default
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_

@@ -25,7 +25,7 @@ from frostline.models import digest
 from frostline.pixels import cache_root
 from frostline.prepare import Prepared
 from frostline.spec import Freeze, Head, Train
-from frostline.train import Batches, Seeding, build_optimizer, train_epochs
+from frostline.training import Batches, Seeding, build_optimizer, train_epochs
 from frostline.versions import versions
 from frostline.views import augmented
 from frostline.world import World, autocast_dtype, hardware

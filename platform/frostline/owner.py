@@ -10,8 +10,9 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from frostline.outcome import EpochRecord, Outcome
+from frostline.snapshot import Snapshot
 from frostline.spec import Job, TrialSpec
-from frostline.study import Snapshot, Study
+from frostline.study import Study
 from frostline.work import Load, Probe, Shard, Supply, Survey
 
 Preparation = Survey | Shard | Probe

@@ -28,7 +28,7 @@ from frostline.lanes import Lane, train_lanes
 from frostline.outcome import EpochRecord, Outcome, summarise
 from frostline.rows import Cost, describe, describe_data, describe_network
 from frostline.spec import TrialSpec
-from frostline.train import Batches, predict
+from frostline.training import Batches, predict
 from frostline.trial import confirm, failed, head_of, origin_of, trial_steps
 from frostline.weights import hash_weights
 from frostline.world import World

@@ -69,6 +69,7 @@ def prepare(job: Job, progress: Callable[[int, int], None] | None = None) -> Pre
     train = subset(dataset, data.per_class, derive_seed(job.seed, "subset"))
     depth_of(job.freeze, len(backbone.stages))
     check_scratch(job)
+    check_live_norms(job)
     check_heads(job, backbone, dataset.size)
     return Prepared(job, backbone, dataset, len(train))
 
@@ -99,6 +100,19 @@ def check_scratch(job: Job) -> None:
             f"arms.{arms[0]}: strategy = 'scratch' needs random weights, and what {job.backbone.name} makes may be trained; "
             'if it makes random ones, say so with backbone.weights = "random"'
         )
+
+
+def check_live_norms(job: Job) -> None:
+    """Whether norm layers that are live see whole batches. Raises BackboneError; whether several workers do, each says itself."""
+    if job.scaling.micro_batch is None:
+        return
+    for name, arm in job.arms.items():
+        norms = arm.space.get("freeze.norm", job.freeze.norm)
+        if arm.strategy == "scratch" or "batch" in (norms if isinstance(norms, tuple) else (norms,)):
+            raise BackboneError(
+                f'arms.{name}: norm layers under freeze.norm = "batch" go by the statistics of what they are given at once, which '
+                "scaling.micro_batch makes smaller; leave micro_batch out, or use another norm"
+            )
 
 
 def check_heads(job: Job, backbone: Backbone, image_size: int) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from frostline.finalists import Finished
-from frostline.study import Snapshot
+from frostline.snapshot import Snapshot, Training
 
 LINE_SECONDS = 10.0
 
@@ -42,7 +42,8 @@ class Progress:
             if self.live:
                 self.live.update(panel(snapshot))
                 return
-            state = (snapshot.done, snapshot.confirmed, snapshot.running, snapshot.extracted)
+            epochs = sum(record.epoch for each in snapshot.training for record in each.latest)
+            state = (snapshot.done, snapshot.confirmed, snapshot.running, snapshot.extracted, epochs)
             ended = snapshot.done == snapshot.total and snapshot.confirmed >= snapshot.to_confirm
             if state != self.shown and (ended or time.monotonic() - self.shown_at >= self.every_s):
                 self.shown, self.shown_at = state, time.monotonic()
@@ -66,15 +67,17 @@ def line(snapshot: Snapshot) -> str:
     """A snapshot as one line of plain text."""
     parts = [
         f"[{duration(snapshot.elapsed_s)}]",
-        f"{snapshot.done}/{snapshot.total} trials",
+        *([f"{snapshot.done}/{snapshot.total} trials"] if snapshot.total else []),
         f"{snapshot.running} running",
-        f"{snapshot.pruned} pruned",
+        *([f"{snapshot.pruned} pruned"] if snapshot.total else []),
         f"{snapshot.failed} failed",
+        *(epochs(each) for each in snapshot.training),
     ]
     if snapshot.extracted < snapshot.to_extract:
         parts.append(extraction(snapshot))
     if snapshot.to_confirm:
-        parts.append(f"{snapshot.confirmed}/{snapshot.to_confirm} confirmed")
+        what = "confirmed" if snapshot.total else "trained"
+        parts.append(f"{snapshot.confirmed}/{snapshot.to_confirm} {what}")
     if snapshot.best:
         parts.append(f"best {score(snapshot.best)}")
     if snapshot.left_s is not None and snapshot.left_s > 0:
@@ -85,16 +88,20 @@ def line(snapshot: Snapshot) -> str:
 def panel(snapshot: Snapshot) -> Group:
     """A snapshot as a few live lines."""
     counts = Table.grid(padding=(0, 2))
+    begun = sum(record.epoch / each.epochs for each in snapshot.training for record in each.latest)
     bar = ProgressBar(
-        total=snapshot.total + snapshot.to_confirm, completed=snapshot.done + snapshot.confirmed, width=40
+        total=snapshot.total + snapshot.to_confirm, completed=snapshot.done + snapshot.confirmed + begun, width=40
     )
     left = f"about {duration(snapshot.left_s)} left" if snapshot.left_s is not None else "starting"
     counts.add_row(bar, Text(duration(snapshot.elapsed_s)), Text(left))
-    state = (
-        f"{snapshot.done} of {snapshot.total} trials, {snapshot.running} running, {snapshot.pruned} pruned, "
-        f"{snapshot.failed} failed; {snapshot.confirmed} of {snapshot.to_confirm} confirmations"
-    )
-    lines = [Text(state)]
+    if snapshot.total:
+        state = (
+            f"{snapshot.done} of {snapshot.total} trials, {snapshot.running} running, {snapshot.pruned} pruned, "
+            f"{snapshot.failed} failed; {snapshot.confirmed} of {snapshot.to_confirm} confirmations"
+        )
+    else:
+        state = f"{snapshot.confirmed} of {snapshot.to_confirm} trained, {snapshot.running} running, {snapshot.failed} failed"
+    lines = [Text(state), *(Text(epochs(each)) for each in snapshot.training)]
     if snapshot.extracted < snapshot.to_extract:
         lines.append(Text(extraction(snapshot)))
     if snapshot.best:
@@ -102,6 +109,14 @@ def panel(snapshot: Snapshot) -> Group:
     if snapshot.latest:
         lines.append(Text(f"last finished  {score(snapshot.latest)}", style="dim"))
     return Group(counts, *lines)
+
+
+def epochs(training: Training) -> str:
+    """How far a trial is, and how it does."""
+    for record in training.latest:
+        at = f"{training.trial_id} epoch {record.epoch}/{training.epochs}"
+        return f"{at}, train loss {record.train_loss:.4f}, val {record.val_score:.4f}, {record.seconds:.1f} s an epoch"
+    return f"{training.trial_id} starting"
 
 
 def extraction(snapshot: Snapshot) -> str:

@@ -19,7 +19,7 @@ from frostline.freeze import Applied, FreezeError, Network, Plan, stage_rates
 from frostline.metrics import probabilities, scores
 from frostline.outcome import EpochRecord, asked
 from frostline.spec import Train, TrialSpec
-from frostline.train import Batches, NonFiniteError
+from frostline.training import Batches, NonFiniteError
 from frostline.world import World, hardware, peak_mib, reset_peak
 
 

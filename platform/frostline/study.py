@@ -34,6 +34,7 @@ from frostline.outcome import EpochRecord, Outcome, lost
 from frostline.packing import take_pack
 from frostline.propose import Proposer, batch, precisions
 from frostline.seeds import Seeds
+from frostline.snapshot import Snapshot, Training
 from frostline.spec import (
     Config,
     Job,
@@ -63,27 +64,6 @@ class Running:
     epoch_rows: list[dict[str, Any]] = field(default_factory=list)
     losses: int = 0  # of its workers
     kept: bool = False  # whether there is a checkpoint to go on from
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Where a study stands, for people who wait for it."""
-
-    done: int
-    running: int
-    total: int
-    pruned: int
-    failed: int
-    confirmed: int
-    confirmed_complete: int
-    to_confirm: int
-    best: Finished | None
-    extracted: int
-    """Images, of `to_extract` whose activations were not stored yet."""
-    to_extract: int
-    elapsed_s: float
-    left_s: float | None
-    latest: Finished | None
 
 
 class Study:
@@ -322,6 +302,7 @@ class Study:
             elapsed_s=time.monotonic() - self.opened,
             left_s=self._seconds_left(to_confirm - len(confirmed)),
             latest=self.finished[-1] if self.finished else None,
+            training=() if self.job.search.trials else tuple(_training(each) for each in self.running.values()),
         )
 
     def close(self) -> None:
@@ -447,7 +428,8 @@ class Study:
     def _seconds_left(self, to_confirm: int) -> float | None:
         search = [trial.seconds for trial in self.finished if trial.round == "search"]
         if not search:
-            return None
+            now = [left_s for each in self.running.values() if (left_s := _training(each).left_s) is not None]
+            return max(now, default=None) if not self.job.search.trials and to_confirm == len(self.running) else None
         whole = [trial.seconds for trial in self.finished if trial.status == "complete"]
         left = (self.total - len(search)) * fmean(search) + to_confirm * fmean(whole or search)
         return left / max(1, len(self.running))
@@ -486,6 +468,10 @@ class Study:
                 self.budget.charge(row)
         self.finished = [remember(row) for row in sorted(rows, key=lambda row: row["tell_seq"])]
         self.seq = max([last_seq, *(row["tell_seq"] for row in rows)]) + 1
+
+
+def _training(running: Running) -> Training:
+    return Training(running.spec.trial_id, running.spec.config.train.epochs, running.records[-1:])
 
 
 def _epoch_row(trial_id: str, record: EpochRecord, seq: int, heard_seq: int, stop: bool) -> dict[str, Any]:

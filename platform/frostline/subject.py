@@ -9,7 +9,7 @@ from typing import Any
 
 from frostline import drawn, results
 from frostline.arms import ArmResult
-from frostline.compare import Comparison, Task, compare
+from frostline.comparison import Comparison, Task, compare
 from frostline.spec import Mode
 
 

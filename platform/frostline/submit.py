@@ -32,7 +32,6 @@ from frostline.spec import Job
 from frostline.versions import VERSION
 
 LIMIT_BYTES = 100 << 20  # of a package; Ray's dashboard takes no larger one
-ENTRYPOINT = ("python", "-m", "frostline.cli", "search", "job.toml", "--address", "auto")
 STOP_WAIT_S = 30  # from SIGTERM to SIGKILL when a job is stopped: time to commit rows
 POLL_S = 0.5
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -57,6 +56,8 @@ class Submission:
     working_dir: Path
     package: Path
     """A copy of `frostline`."""
+    entrypoint: tuple[str, ...]
+    """The command that runs it there: to search, or to train where the job has no arms."""
     metadata: dict[str, str]
 
     @property
@@ -103,6 +104,15 @@ def pack(job: Job, into: Path, here: Path) -> Submission:
         submission_id=f"{job.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
         working_dir=working_dir,
         package=package,
+        entrypoint=(
+            "python",
+            "-m",
+            "frostline.cli",
+            "search" if job.arms else "train",
+            "job.toml",
+            "--address",
+            "auto",
+        ),
         metadata={"study": str(job.folder), "frostline": VERSION},
     )
 
@@ -111,8 +121,6 @@ def check_arms_and_paths(job: Job) -> None:
     """Whether there is something to search, and whether what the job reads and writes lies where a cluster sees it. Raises
     SubmissionError, which lists every key."""
     lines = []
-    if not job.arms:
-        lines.append("arms: nothing to search; add [arms.NAME] with a strategy and a space")
     if not job.folder.is_absolute():
         given = f'results = "{job.results}"' if job.results else "results (not given)"
         lines.append(
@@ -223,7 +231,7 @@ def as_command(submission: Submission, address: str) -> str:
         [
             *("ray", "job", "submit", "--address", address, "--submission-id", submission.submission_id),
             *("--working-dir", working_dir, "--runtime-env-json", json.dumps(env)),
-            *("--metadata-json", json.dumps(submission.metadata), "--", *ENTRYPOINT),
+            *("--metadata-json", json.dumps(submission.metadata), "--", *submission.entrypoint),
         ]
     )
 
@@ -258,7 +266,7 @@ def start(client: Any, submission: Submission) -> None:
     """Upload the packages where the cluster has not got them yet, and start the job. Raises ClusterError."""
     with _asking(client.get_address()):
         client.submit_job(
-            entrypoint=shlex.join(ENTRYPOINT),
+            entrypoint=shlex.join(submission.entrypoint),
             submission_id=submission.submission_id,
             runtime_env=submission.runtime_env,
             metadata=submission.metadata,

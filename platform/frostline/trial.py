@@ -15,7 +15,7 @@ from frostline.adapters import adapt
 from frostline.backbone import load_backbone
 from frostline.bundle import bundle_files
 from frostline.checkpoint import Keep, load_training, save_training
-from frostline.collectives import agreed, gathered, shard
+from frostline.collectives import agreed, gathered, shard, spanning_norms
 from frostline.cuts import leave_at, pooled_cut, resume, round_at
 from frostline.data import load_data, subset
 from frostline.depths import end_of
@@ -26,7 +26,7 @@ from frostline.models import digest
 from frostline.outcome import EpochRecord, Outcome, summarise
 from frostline.rows import Cost, describe, describe_data, describe_network, failure, prediction_rows, score_on_test
 from frostline.spec import TrialSpec
-from frostline.train import Batches, Seeding, Training, predict, recalibrate
+from frostline.training import Batches, Seeding, Training, predict, recalibrate
 from frostline.world import World, autocast_dtype
 
 Report = Callable[[EpochRecord], bool]
@@ -79,7 +79,8 @@ def trial_steps(
 
     end = end_of(config.head, len(backbone.stages))
     plan = compile_plan(config.freeze, backbone.stages, end, config.train.epochs)
-    network = Network(on_device(backbone, world.device), head_of(spec, origin))
+    trunk = on_device(backbone, world.device)
+    network = Network(spanning_norms(world, trunk) if plan.live_statistics else trunk, head_of(spec, origin))
     adapt(network.backbone, config.freeze, backbone.stages[plan.cut : plan.end], spec.seeds.head)
     phases = apply_plan(plan, network, backbone)
     applied = whole(phases)

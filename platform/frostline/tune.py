@@ -39,8 +39,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from frostline.estimate import facts_of
 from frostline.owner import StudyActor
 from frostline.prepare import prepare
+from frostline.snapshot import Snapshot
 from frostline.spec import Job
-from frostline.study import Snapshot
 from frostline.worker import Worker
 from frostline.world import gpus_of_a_trial, trials_at_once
 
@@ -126,8 +126,9 @@ def run_tune(
                 raise error.cause from None
         opening = study.open.remote(job, facts, splits, dict(who), slots)
         workers = min(slots, max(job.search.trials, job.confirm.seeds))
-        # a worker that only starts others and waits for them takes nothing from them
-        own: dict[str, float] = {"cpu": job.resources.cpus, "gpu": gpus} if job.scaling.workers == 1 else {"cpu": 0}
+        own: dict[str, float] = {"cpu": job.resources.cpus, "gpu": gpus}
+        if job.scaling.workers > 1:  # a worker that starts others takes nothing from them, and stays beside the driver
+            own = {f"node:{ray.util.get_node_ip_address()}": 0.001}
         searcher = StudySearcher(study, opening, workers)
         # else each worker waits until the one before has started
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(workers + 1)
@@ -168,10 +169,10 @@ def concurrency(job: Job, gpus: float, nodes: list[Mapping[str, float]]) -> int:
     places = sum(trials_at_once(cpus, gpus, node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
     if (needed := scaling.min_workers or scaling.workers) > places:
         largest = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-        each = "a trial needs" if scaling.workers == 1 else f"a trial needs {needed} workers, each with"
+        each = "a trial needs" if scaling.workers == 1 else f"a trial has {needed} workers (scaling.workers), each with"
         held = "no node has that" if not places else f"there is room for {places}"
         raise PlacementError(
-            f"{each} {cpus:g} CPUs and {gpus:g} GPUs on one node (resources.cpus, resources.gpus, scaling.workers), "
+            f"{each} {cpus:g} CPUs and {gpus:g} GPUs on one node (resources.cpus, resources.gpus), "
             f"and {held}; the nodes have: {largest}"
         )
     return max(1, places // scaling.workers)

@@ -14,7 +14,7 @@ from frostline.head import build_head
 from frostline.seeds import derive_seed
 from frostline.spec import BackboneSpec, Freeze, Head, Train
 from frostline.testing import TOY_BACKBONE
-from frostline.train import (
+from frostline.training import (
     Average,
     Batches,
     NonFiniteError,

@@ -15,7 +15,7 @@ import pytest
 from _studies import RATES, search_row, write_study
 from frostline import results
 from frostline.commit import DamagedFile, commit_part
-from frostline.compare import COSTS, Comparison, ComparisonError, compare
+from frostline.comparison import COSTS, Comparison, ComparisonError, compare
 from frostline.results import RECORD, NotAStudyError, table_of
 
 GOOD = [0.90, 0.91, 0.93, 0.92, 0.90]
@@ -211,8 +211,8 @@ def test_every_part_is_read_once_and_epochs_are_not(tmp_path: Path, monkeypatch:
 
 def test_neither_torch_nor_ray_and_optuna_for_importance_only(tmp_path: Path) -> None:
     study = write_study(tmp_path / "s", {"full": GOOD, "probe": BAD})
-    code = "import sys, frostline.compare, frostline.compare_text; before = set(sys.modules)\n"
-    code += f"frostline.compare.compare([{str(study)!r}])\n"
+    code = "import sys, frostline.comparison, frostline.compare_text; before = set(sys.modules)\n"
+    code += f"frostline.comparison.compare([{str(study)!r}])\n"
     code += "print([[m in loaded for m in ('torch', 'ray', 'optuna')] for loaded in (before, sys.modules)])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[[False, False, False], [False, False, True]]"
@@ -221,7 +221,7 @@ def test_neither_torch_nor_ray_and_optuna_for_importance_only(tmp_path: Path) ->
 MEASURE = """
 import json, re, sys, time
 from pathlib import Path
-from frostline.compare import compare
+from frostline.comparison import compare
 started = time.perf_counter()
 task, = compare([sys.argv[1]]).tasks
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

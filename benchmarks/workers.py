@@ -1,0 +1,155 @@
+"""Two workers on two cores against one on one, and Frostline's loop against a plain PyTorch script under DDP.
+
+All train the last two stages of timm/resnet18 (random weights) on 640 digits at 64 px, 179 for val, in batches of 64, on live
+images, under AdamW, one thread a worker; `frostline train` on a local Ray, the script as two processes that gloo joins. Both
+score val after every epoch. What is compared is an epoch's time, as the first worker sees it, the mean without the first: starting is left out, and
+said as `start_s`. The ratio is one worker's epoch over two workers'; `script` is the script's epoch over ours on two workers. Both
+sides hold all that is frozen in eval mode; ours also audits, reports and keeps a checkpoint at most once a minute.
+
+    python benchmarks/workers.py [--rounds 3] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import multiprocessing
+import statistics
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+import frostline
+from _measure import interleaved, ratios, say
+from frostline import results
+from frostline.backbone import load_backbone
+from frostline.data import load_data
+from frostline.jobfile import parse_job
+from frostline.seeds import derive_seed
+from frostline.spec import Job
+
+BATCH, DEPTH, EVAL = 64, 3, 64
+
+
+def job_of(root: Path, workers: int, *, quick: bool) -> Job:
+    """The training."""
+    return parse_job(
+        {
+            "name": "workers",
+            "results": str(root / "study"),
+            "data": {"path": "digits", "image_size": 32 if quick else 64, "per_class": 16 if quick else 64, "val": 0.1},
+            "backbone": {"name": "timm/resnet18", "weights": "random"},
+            "freeze": {"strategy": "freeze_depth", "depth": DEPTH},
+            "train": {"epochs": 2 if quick else 5, "batch_size": BATCH, "warmup": 0.0},
+            "features": {"cache": "none"},
+            "scaling": {"workers": workers},
+        }
+    )
+
+
+def ours(job: Job) -> tuple[float, float]:
+    """Seconds of an epoch, and of all that is not epochs."""
+    started = time.perf_counter()
+    study = frostline.train(job, console=Console(file=io.StringIO()))
+    wall_s = time.perf_counter() - started
+    epochs = results.read_epochs(study).sort_by("epoch")["seconds"].to_pylist()
+    return statistics.fmean(epochs[1:]), wall_s - sum(epochs)
+
+
+def script(job: Job) -> float:
+    """Seconds of an epoch of the plain script on two processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        context, pipes = multiprocessing.get_context("spawn"), []
+        for rank in range(2):
+            mine, other = context.Pipe()
+            context.Process(target=_plain, args=(other, folder, rank, job)).start()
+            pipes.append(mine)
+        return pipes[0].recv()
+
+
+def _plain(answer: Connection, folder: str, rank: int, job: Job) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    backbone = load_backbone(job.backbone, image_size=job.data.image_size)
+    dataset = load_data(job.data, derive_seed(job.seed, "split"))
+    trunk = backbone.module
+    for name, module in trunk.named_modules():
+        live = name.startswith(("layer3", "layer4"))
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(live and not isinstance(module, torch.nn.BatchNorm2d))
+    network = torch.nn.Sequential(trunk, torch.nn.Linear(backbone.feature_dim, len(dataset.classes)))
+    network = network.to(memory_format=torch.channels_last)
+    model = DistributedDataParallel(network, broadcast_buffers=False)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=3e-4, fused=True)
+    mean, std = (255 * torch.tensor(each).view(1, 3, 1, 1) for each in (backbone.inputs.mean, backbone.inputs.std))
+    labels = torch.from_numpy(dataset.labels)
+
+    def images(samples: torch.Tensor) -> torch.Tensor:
+        pixels = torch.from_numpy(dataset.inputs[samples.numpy()]).permute(0, 3, 1, 2).float()
+        return pixels.sub_(mean).div_(std)
+
+    train = torch.from_numpy(dataset.indices("train"))[: len(dataset.classes) * (job.data.per_class or 0)]
+    val = torch.from_numpy(dataset.indices("val"))
+    seconds = []
+    for epoch in range(job.train.epochs):
+        started = time.perf_counter()
+        order = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch))]
+        network.eval()  # all norm layers are frozen
+        for batch in order.split(BATCH):
+            own = batch.chunk(2)[rank]
+            optimizer.zero_grad(set_to_none=True)
+            functional.cross_entropy(model(images(own)), labels[own]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            logits = torch.cat([network(images(part)) for part in val.split(EVAL)[rank::2]])
+        gathered: list[torch.Tensor | None] = [None, None]
+        dist.all_gather_object(gathered, logits)
+        seconds.append(time.perf_counter() - started)
+    answer.send(statistics.fmean(seconds[1:]))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="few small images, one round")
+    arguments = parser.parse_args()
+    quick, rounds = arguments.quick, 1 if arguments.quick else arguments.rounds
+    starts: dict[int, list[float]] = {1: [], 2: []}
+
+    def trained(workers: int) -> float:
+        with tempfile.TemporaryDirectory() as root:
+            epoch_s, start_s = ours(job_of(Path(root), workers, quick=quick))
+        starts[workers].append(start_s)
+        return epoch_s
+
+    seconds = interleaved(
+        {
+            "one": lambda: trained(1),
+            "two": lambda: trained(2),
+            "script": lambda: script(job_of(Path(), 2, quick=quick)),
+        },
+        rounds,
+    )
+    say(
+        "workers",
+        {
+            **ratios(seconds["two"], seconds["one"]),
+            "rounds": rounds,
+            "counts": {"epochs": job_of(Path(), 2, quick=quick).train.epochs},
+            "script": ratios(seconds["two"], seconds["script"]),
+            "epoch_s": {name: statistics.median(each) for name, each in seconds.items()},
+            "start_s": {str(workers): statistics.median(each) for workers, each in starts.items()},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
