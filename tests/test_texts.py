@@ -52,7 +52,7 @@ def test_plan_speaks_of_texts(job_file: Path, capsys: pytest.CaptureFixture[str]
     said = " ".join(capsys.readouterr().out.split())
     assert "3 classes, texts of up to 16 tokens, which none reaches" in said
     assert "embeddings" in said
-    assert "encoder.layer.2" in said
+    assert "layer.2" in said
     assert "texts forward" in said
     assert "image" not in said
     assert main(["plan", str(job_file), "data.max_tokens=8"]) == 0

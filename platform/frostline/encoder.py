@@ -113,8 +113,9 @@ def _resumable(model: Any, pool: Pool) -> tuple[Encoder, list[list[str]], list[s
     if not same:
         raise BackboneError(f"{kind}, for its hidden states do not say what is padding")
     encoder = Encoder(model, texts)
-    names = [f"{path}.{number}" for number in range(len(layers))]
-    return encoder, _groups(encoder, [f"model.{name}." for name in names]), ["embeddings", *names]
+    numbers = range(len(layers))
+    groups = _groups(encoder, [f"model.{path}.{number}." for number in numbers])
+    return encoder, groups, ["embeddings", *(f"layer.{number}" for number in numbers)]
 
 
 @torch.no_grad()
