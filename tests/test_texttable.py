@@ -14,7 +14,7 @@ import pytest
 
 from frostline.data import Dataset, load_data
 from frostline.files import DataError
-from frostline.sources import Source, open_source
+from frostline.sources import PACKAGES, Source, open_source
 from frostline.spec import Data
 from frostline.testing import text_encoder, text_rows
 
@@ -178,3 +178,19 @@ def test_groups_stay_together(tmp_path: Path, encoder: str) -> None:
     rows = [{**row, "author": str(i // 2)} for i, row in enumerate(text_rows())]
     found = dataset(write(tmp_path / "t.parquet", rows), encoder, group_column="author")
     assert (found.split[::2] == found.split[1::2]).all()
+
+
+def test_fortunes_are_a_class_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PACKAGES, "fortunes", (str(tmp_path / "cookies"), "fortunes fortunes-min"))
+    with pytest.raises(DataError, match=r"does not exist; `apt-get install fortunes fortunes-min` puts it there"):
+        opened(Path("fortunes"))
+    (tmp_path / "cookies").mkdir()
+    for name, count in (("art", 500), ("few", 499), ("wit", 501)):
+        texts = [f"{name} {number}\n\t-- nobody\n" for number in range(count)]
+        (tmp_path / "cookies" / name).write_text("%\n".join(texts) + "%\n")
+        (tmp_path / "cookies" / f"{name}.dat").write_bytes(b"")
+    source = opened(Path("fortunes"))
+    assert [source.names.count(name) for name in ("art", "few", "wit")] == [500, 0, 501]
+    assert raws(source)[0] == "art 0\n\t-- nobody"
+    with pytest.raises(DataError, match="cookies holds texts; the backbone takes images: for texts name an encoder"):
+        open_source(Data(path="fortunes"))
