@@ -13,15 +13,20 @@ import numpy as np
 import pytest
 
 import frostline
+from _workers import together
 from frostline import results
 from frostline.bundle import BundleError, load_bundle, tokenizer_of
 from frostline.cli import main
 from frostline.commit import publish_folder
+from frostline.features import Feed
 from frostline.jobfile import as_toml
 from frostline.mistakes import excerpts, pictures
-from frostline.spec import TrialSpec
-from frostline.testing import text_job, text_rows
+from frostline.prepare import prepare
+from frostline.spec import TrialSpec, configure, confirm_seeds, trial_of
+from frostline.testing import text_encoder, text_job, text_rows
 from frostline.tokens import load_tokenizer, to_ids
+from frostline.trial import run_trial
+from frostline.world import World
 from test_bundle import READ
 
 ARMS = {
@@ -147,6 +152,32 @@ def test_a_folder_named_from_here_is_found_from_anywhere(tmp_path: Path, monkeyp
     study = frostline.search(near, inline=True)
     record = results.read_job(study)["job"]
     assert record["backbone"]["name"] == record["data"]["tokenizer"] == f"text/{tmp_path / 'encoder'}"
+
+
+def of_worker(world: World, spec: TrialSpec) -> np.ndarray:
+    """(n, classes) probabilities of the test texts, of a confirmation on these workers."""
+    outcome = run_trial(spec, feed=Feed(), world=world, report=lambda _: True)
+    return np.array([row["probabilities"] for row in outcome.predictions])
+
+
+@pytest.mark.parametrize("strategy", ["full", "lp_ft"])
+def test_two_workers_train_what_one_trains(tmp_path: Path, strategy: str) -> None:
+    """With SGD, as AdamW amplifies the order of sums; without dropout, which each worker draws for itself."""
+    name = text_encoder(tmp_path / "still", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    options = [
+        f"backbone.name={name}",
+        "train.optimizer=sgd",
+        "train.lr=0.05",
+        "train.head_lr=0.05",
+        "freeze.norm=affine",
+    ]
+    job = prepare(text_job(tmp_path / "study", options, arms={"a": {"strategy": strategy}})).job
+    config, (_, seeds) = configure(job, job.arms["a"], {}), confirm_seeds(job, 0)
+    spec = trial_of(job, config, seeds, trial_id="a", arm="a", number=0, round="confirm", seed=0)
+    (alone,) = together(1, of_worker, spec)
+    for sharded in (False, True):
+        first, *_ = together(2, of_worker, spec, sharded=sharded)
+        np.testing.assert_allclose(first, alone, atol=1e-5)
 
 
 @pytest.mark.slow
