@@ -65,7 +65,10 @@ def main() -> None:
         last, feed = len(origin.backbone.stages), Feed()
         store = Store(spec.features.path or "")
         network = on_device(origin.backbone, world.device)
-        mean, std = (255 * torch.tensor(each).view(1, 3, 1, 1) for each in (origin.backbone.mean, origin.backbone.std))
+        mean, std = (
+            255 * torch.tensor(each).view(1, 3, 1, 1)
+            for each in (origin.backbone.inputs.mean, origin.backbone.inputs.std)
+        )
         kept: list[torch.Tensor] = []
 
         def bare() -> float:
@@ -73,7 +76,7 @@ def main() -> None:
             kept.clear()
             with torch.inference_mode():
                 for first in range(0, len(samples), EVAL_BATCH):
-                    pixels = torch.from_numpy(origin.dataset.pixels[samples[first : first + EVAL_BATCH]])
+                    pixels = torch.from_numpy(origin.dataset.inputs[samples[first : first + EVAL_BATCH]])
                     kept.append(network(pixels.permute(0, 3, 1, 2).float().sub_(mean).div_(std)))
             return time.perf_counter() - started
 
@@ -87,7 +90,7 @@ def main() -> None:
             {
                 "bare loop": bare,
                 "pooled features": lambda: extraction((last,)),
-                "all cuts": lambda: extraction(tuple(cuts_of(origin.backbone, origin.dataset.pixels.shape[1]))),
+                "all cuts": lambda: extraction(tuple(cuts_of(origin.backbone, origin.dataset.inputs.shape[1]))),
             },
             arguments.rounds,
         )

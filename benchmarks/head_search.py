@@ -212,12 +212,12 @@ def load_site(load: Load) -> Site:
     backbone = load_backbone(job.backbone, image_size=job.data.image_size)
     dataset = load_data(job.data, seeds.split)
     network = on_device(backbone, torch.device("cpu"))
-    mean, std = (255 * torch.tensor(each).view(1, 3, 1, 1) for each in (backbone.mean, backbone.std))
+    mean, std = (255 * torch.tensor(each).view(1, 3, 1, 1) for each in (backbone.inputs.mean, backbone.inputs.std))
 
     def split(samples: np.ndarray) -> Split:
         @torch.no_grad()
         def fetch(rows: np.ndarray) -> Tensor:
-            pixels = torch.from_numpy(dataset.pixels[samples[rows]])
+            pixels = torch.from_numpy(dataset.inputs[samples[rows]])
             return network(pixels.permute(0, 3, 1, 2).float().sub_(mean).div_(std))
 
         return Split(torch.from_numpy(dataset.labels[samples]), fetch)

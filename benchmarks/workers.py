@@ -88,11 +88,11 @@ def _plain(answer: Connection, folder: str, rank: int, job: Job) -> None:
     network = network.to(memory_format=torch.channels_last)
     model = DistributedDataParallel(network, broadcast_buffers=False)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=3e-4, fused=True)
-    mean, std = (255 * torch.tensor(each).view(1, 3, 1, 1) for each in (backbone.mean, backbone.std))
+    mean, std = (255 * torch.tensor(each).view(1, 3, 1, 1) for each in (backbone.inputs.mean, backbone.inputs.std))
     labels = torch.from_numpy(dataset.labels)
 
     def images(samples: torch.Tensor) -> torch.Tensor:
-        pixels = torch.from_numpy(dataset.pixels[samples.numpy()]).permute(0, 3, 1, 2).float()
+        pixels = torch.from_numpy(dataset.inputs[samples.numpy()]).permute(0, 3, 1, 2).float()
         return pixels.sub_(mean).div_(std)
 
     train = torch.from_numpy(dataset.indices("train"))[: len(dataset.classes) * (job.data.per_class or 0)]

@@ -54,10 +54,10 @@ def check(backbone: Backbone) -> None:
     assert not any(module.training or module._forward_pre_hooks for module in modules.values())
     twin = copy.deepcopy(backbone.module)
     with torch.no_grad():
-        features = backbone.module(noise(backbone.image_size))
-        assert torch.equal(twin(noise(backbone.image_size)), features)
+        features = backbone.module(noise(backbone.size))
+        assert torch.equal(twin(noise(backbone.size)), features)
     assert features.shape == (2, backbone.feature_dim)
-    table = stage_table(backbone, backbone.image_size)
+    table = stage_table(backbone, backbone.size)
     assert [row.name for row in table] == [stage.name for stage in backbone.stages]
     assert sum(row.parameters for row in table) == len(torch.cat([p.flatten() for p in backbone.module.parameters()]))
     assert table[-1].cut_bytes == 4 * backbone.feature_dim
@@ -73,7 +73,12 @@ def lite0() -> Backbone:
 
 def test_lite0_is_pinned(lite0: Backbone) -> None:
     check(lite0)
-    assert (lite0.feature_dim, lite0.image_size, lite0.mean, lite0.std) == (1280, 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert (lite0.feature_dim, lite0.size, lite0.inputs.mean, lite0.inputs.std) == (
+        1280,
+        224,
+        (0.5, 0.5, 0.5),
+        (0.5, 0.5, 0.5),
+    )
     assert [stage.name for stage in lite0.stages] == ["conv_stem", *(f"blocks.{i}" for i in range(7))]
     assert {"conv_head.weight", "bn2.weight", "bn2.running_mean"} <= set(lite0.stages[7].tensors)
     assert (lite0.weights_hash, lite0.stages_hash) == ("55c48e6f6513c8cf", "4c1fa2f0d6707b05")
@@ -88,7 +93,9 @@ def test_lite0_knows_a_palace_and_a_daisy(lite0: Backbone) -> None:
     found = {}
     for path, pixels in zip(load_sample_images().filenames, load_sample_images().images, strict=True):
         image = transforms.center_crop(transforms.resize(Image.fromarray(pixels), 256), [224, 224])
-        images = transforms.normalize(transforms.to_tensor(image), list(lite0.mean), list(lite0.std))[None]
+        images = transforms.normalize(transforms.to_tensor(image), list(lite0.inputs.mean), list(lite0.inputs.std))[
+            None
+        ]
         with torch.no_grad():
             logits = nn.functional.linear(lite0.module(images), weight, bias)
         found[Path(path).name] = int(logits.argmax())
@@ -124,7 +131,7 @@ def test_timm(name: str) -> None:
     side, stages, first, last = TIMM[name]
     backbone = load(f"timm/{name}", side)
     check(backbone)
-    assert (backbone.image_size, len(backbone.stages)) == (side, stages)
+    assert (backbone.size, len(backbone.stages)) == (side, stages)
     assert (backbone.stages[0].name, backbone.stages[-1].name) == (first, last)
     assert backbone.classifier is None
 
@@ -287,7 +294,7 @@ def test_torchvision(name: str) -> None:
     backbone = load(f"torchvision/{name}", 64)
     check(backbone)
     assert backbone.feature_dim == TORCHVISION[name]
-    assert backbone.mean == (0.485, 0.456, 0.406)
+    assert backbone.inputs.mean == (0.485, 0.456, 0.406)
 
 
 def test_torchvision_keeps_the_librarys_names_and_numbers(tmp_path: Path) -> None:
@@ -301,8 +308,8 @@ def test_torchvision_keeps_the_librarys_names_and_numbers(tmp_path: Path) -> Non
 
 def test_named_torchvision_weights_bring_their_preprocessing() -> None:
     named = load("torchvision/efficientnet_b1@IMAGENET1K_V2")
-    assert named.image_size == torchvision.models.EfficientNet_B1_Weights.IMAGENET1K_V2.transforms().crop_size[0] == 240
-    assert load("torchvision/efficientnet_b1").image_size == 224
+    assert named.size == torchvision.models.EfficientNet_B1_Weights.IMAGENET1K_V2.transforms().crop_size[0] == 240
+    assert load("torchvision/efficientnet_b1").size == 224
 
 
 def test_what_torchvision_does_not_have() -> None:
@@ -378,12 +385,12 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_your_own_network(own: str, tmp_path: Path) -> None:
     backbone = load(f"python:{own}:net", weights="pretrained")
     check(backbone)
-    assert backbone.image_size == 16
+    assert backbone.size == 16
     assert backbone.feature_dim == 6
     assert [stage.name for stage in backbone.stages] == ["stem", "top"]
     assert backbone.source_hash == hashlib.sha256(SOURCE.encode()).hexdigest()[:16]
-    assert load(f"python:{own}:other_scale").std == (1.0, 1.0, 1.0)
-    assert load(f"python:{own}:net", 24).image_size == 24
+    assert load(f"python:{own}:other_scale").inputs.std == (1.0, 1.0, 1.0)
+    assert load(f"python:{own}:net", 24).size == 24
     state: dict[str, Any] = {name: tensor + 1 for name, tensor in backbone.module.state_dict().items()}
     torch.save(state, tmp_path / "own.pt")
     loaded = load(f"python:{own}:net", weights=str(tmp_path / "own.pt"))

@@ -30,7 +30,7 @@ import frostline
 from frostline.data import load_data
 bundle = frostline.load_bundle(sys.argv[1])
 data = load_data(bundle.spec.data, bundle.spec.seeds.split)
-found = bundle.predict(data.pixels[data.indices("test")])
+found = bundle.predict(data.inputs[data.indices("test")])
 np.save(sys.argv[2], found.probabilities)
 assert found.labels == [bundle.classes[label] for label in found.logits.argmax(axis=1)]
 assert torch.get_num_threads() == int(sys.argv[3]), "as it was"

@@ -51,13 +51,13 @@ def candidate(name: str, inner: list[float | None], val: list[float], **more: An
         )
         for cut, (a, b) in enumerate(zip(inner, val, strict=True), 1)
     )
-    kept = {"weights": "pretrained", "weights_hash": "0" * 16, "image_size": 32, "images_passed": 0, "seconds": 1.0}
+    kept = {"weights": "pretrained", "weights_hash": "0" * 16, "size": 32, "images_passed": 0, "seconds": 1.0}
     return Candidate(**{"backbone": name, "stages": len(places), "places": places, **kept, **more})
 
 
 def probed(*candidates: Candidate, **more: Any) -> Probed:
     raw = {"name": "job", "metric": "accuracy", "mode": "max", "n_train": N, "n_val": 100, "classes": 10, "folds": 5}
-    return Probed(**{**raw, "no_folds": None, "candidates": candidates, **more})
+    return Probed(**{**raw, "inputs": "images", "no_folds": None, "candidates": candidates, **more})
 
 
 def words(lines: Any) -> str:

@@ -43,7 +43,7 @@ def vit() -> Backbone:
 
 def training_of(backbone: Backbone, freeze: Freeze, **config: Any) -> Training:
     network, phases = network_of(backbone, freeze, dropout=0.3)
-    data = batches(backbone.image_size, SAMPLES)
+    data = batches(backbone.size, SAMPLES)
     return Training(
         network,
         phases,

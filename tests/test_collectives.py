@@ -54,7 +54,7 @@ def training_of(world: World, name: str, freeze: Freeze, micro_batch: int | None
     backbone = backbone_of(name)
     network, phases = network_of(backbone, freeze, dropout=0.3)
     network.double()
-    data = batches(backbone.image_size, SAMPLES)
+    data = batches(backbone.size, SAMPLES)
     data = Batches(
         lambda samples, epoch: batches(32, SAMPLES).fetch(samples, epoch).double(), data.samples, data.labels
     )

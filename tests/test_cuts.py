@@ -106,7 +106,7 @@ def test_a_network_left_at_a_cut_gives_means_there_and_goes_no_further(index: in
     ran: list[str] = []
     for name in ("stem", "block1", "block2"):
         whole.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
-    leave_at(whole, cut)
+    leave_at(whole, cut, pooled)
     features = whole(images)
     assert ran == ["stem", "block1", "block2"][:index]
     assert torch.equal(features, pooled(emit(backbone.module, [cut], images)[index]))
@@ -114,7 +114,7 @@ def test_a_network_left_at_a_cut_gives_means_there_and_goes_no_further(index: in
     assert {name.partition(".")[0] for name, tensor in whole.named_parameters() if tensor.grad is not None} == set(ran)
     if index > 1:
         rest, begin = copy.deepcopy(backbone.module).eval(), cuts_of(backbone, 16)[1]
-        leave_at(rest, cut)
+        leave_at(rest, cut, pooled)
         resume(rest, begin)
         given = emit(backbone.module, [begin], images)[1]
         assert torch.equal(rest(given), features)
@@ -124,7 +124,7 @@ def test_a_network_left_at_a_cut_gives_means_there_and_goes_no_further(index: in
     assert resumed(features) is features
     if index < 3:
         half = copy.deepcopy(backbone.module).eval()
-        leave_at(half, cut, torch.float16)
+        leave_at(half, cut, pooled, torch.float16)
         assert torch.equal(half(images), features.half().float())
 
 

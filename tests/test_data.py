@@ -68,10 +68,10 @@ def sizes(dataset: Dataset) -> dict[str, int]:
 
 def test_digits():
     dataset = load("digits")
-    assert dataset.pixels.shape == (1797, 8, 8, 3)
+    assert dataset.inputs.shape == (1797, 8, 8, 3)
     assert dataset.classes == tuple("0123456789")
     assert dataset.labels[:10].tolist() == list(range(10))
-    assert dataset.pixels[0, 0, :, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]
+    assert dataset.inputs[0, 0, :, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]
     assert sizes(dataset) == {"train": 1258, "val": 270, "test": 269}
     assert (dataset.data_hash, dataset.split_hash) == ("41bb793507b3e693", "6da2539c4549a77b")
     for label in range(10):
@@ -82,9 +82,9 @@ def test_digits():
 def test_the_parts_fit_together(tmp_path):
     dataset = load(classes_of(tmp_path / "d", names=("10", "9", "b", "B")))
     assert dataset.classes == ("9", "10", "B", "b")
-    assert dataset.pixels.shape == (40, 8, 8, 3)
+    assert dataset.inputs.shape == (40, 8, 8, 3)
     assert (dataset.labels.dtype, dataset.split.shape, dataset.groups, dataset.excluded) == (np.int64, (40,), None, ())
-    for row, label, name in zip(dataset.pixels, dataset.labels, dataset.sample_ids, strict=True):
+    for row, label, name in zip(dataset.inputs, dataset.labels, dataset.sample_ids, strict=True):
         assert name.split("/")[0] == dataset.classes[label]
         expected = Image.open(tmp_path / "d" / name).resize((8, 8), Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(row, np.asarray(expected))
@@ -104,7 +104,7 @@ def test_a_process_loads_once(tmp_path):
     other = load_data(spec, 1, progress=lambda *done: calls.append(done))
     assert len(calls) == 20  # another split, the same pixels
     assert other.split.tolist() != first.split.tolist()
-    assert (other.data_hash, other.pixels_hash) == (first.data_hash, first.pixels_hash)
+    assert (other.data_hash, other.inputs_hash) == (first.data_hash, first.inputs_hash)
     assert other.split_hash != first.split_hash
     for seed in range(2, 12):
         load_data(spec, seed)
@@ -115,8 +115,8 @@ def test_hashes_say_what_changed(tmp_path):
     first = load(classes_of(tmp_path))
     larger = load(tmp_path, image_size=16)
     assert (larger.data_hash, larger.split_hash) == (first.data_hash, first.split_hash)
-    assert larger.pixels_hash != first.pixels_hash
-    assert load(tmp_path, fit="squash").pixels_hash != first.pixels_hash
+    assert larger.inputs_hash != first.inputs_hash
+    assert load(tmp_path, fit="squash").inputs_hash != first.inputs_hash
     write(tmp_path, "cat/00.png", png("changed"))
     changed = load(tmp_path)
     assert changed.data_hash != first.data_hash
@@ -222,7 +222,7 @@ def test_bad_samples_can_be_excluded_with_their_reasons(tmp_path):
     assert dataset.data_hash == clean.data_hash
     assert dataset.split.tolist() == clean.split.tolist()
     assert dataset.split_hash != clean.split_hash
-    np.testing.assert_array_equal(dataset.pixels, clean.pixels)
+    np.testing.assert_array_equal(dataset.inputs, clean.inputs)
 
 
 def test_duplicates_across_given_splits_leave_train_first_and_test_never(tmp_path):
@@ -369,7 +369,7 @@ def test_idx_folders_load(tmp_path):
     assert sizes(dataset) == {"train": 34, "val": 6, "test": 10}
     grey = Image.fromarray(pixels[3]).resize((8, 8), Image.Resampling.BICUBIC, box=(0, 1, 7, 8))
     for channel in range(3):
-        np.testing.assert_array_equal(dataset.pixels[43, :, :, channel], np.asarray(grey))
+        np.testing.assert_array_equal(dataset.inputs[43, :, :, channel], np.asarray(grey))
 
 
 @pytest.mark.slow
@@ -405,8 +405,8 @@ def test_s3_and_local_files_give_the_same(tmp_path, monkeypatch):
     client.upload_file(tmp_path / "d.parquet", "parity", "d.parquet")
     for name in ("pets", "d.parquet"):
         near, far = load(tmp_path / name, on_bad="exclude"), load(f"s3://parity/{name}", on_bad="exclude")
-        assert (far.data_hash, far.split_hash, far.pixels_hash) == (near.data_hash, near.split_hash, near.pixels_hash)
-        np.testing.assert_array_equal(far.pixels, near.pixels)
+        assert (far.data_hash, far.split_hash, far.inputs_hash) == (near.data_hash, near.split_hash, near.inputs_hash)
+        np.testing.assert_array_equal(far.inputs, near.inputs)
         assert far.excluded == near.excluded
     write(tmp_path, "other.png")
     client.upload_file(tmp_path / "other.png", "parity", "pets/cat/00.png")

@@ -227,7 +227,12 @@ def test_a_training_that_loses_workers_again_and_again_is_a_failed_row(
 ) -> None:
     """`scaling.restarts` is 1 here: the second loss is the last."""
     study = tmp_path / "study"
-    text = (tmp_path / "job.toml").read_text().replace("[scaling]", "[scaling]\nrestarts = 1")
+    text = (
+        (tmp_path / "job.toml")
+        .read_text()
+        .replace("[scaling]", "[scaling]\nrestarts = 1")
+        .replace("epochs = 40", "epochs = 4000")
+    )
     (tmp_path / "job.toml").write_text(text)
     process = driver()
     wait_for(lambda: len(train_workers(process)) == 2 and checkpoint_of(study).exists(), process)

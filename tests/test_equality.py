@@ -25,7 +25,7 @@ from frostline.pack import run_pack
 from frostline.packing import pack_key
 from frostline.prepare import prepare
 from frostline.spec import Arm, Features, TrialSpec, configure, confirm_seeds, search_seeds, trial_of
-from frostline.testing import TOY_BACKBONE, toy_job
+from frostline.testing import TOY_BACKBONE, text_job, toy_job
 from frostline.work import Survey
 from frostline.world import World
 
@@ -67,10 +67,11 @@ def specs_of(
     views: int | str,
     configs: Sequence[Mapping[str, Any]],
     round_: str,
-    name: str = TOY_BACKBONE,
+    name: str | None = TOY_BACKBONE,
 ) -> list[TrialSpec]:
-    options = ["data.per_class=6", "train.batch_size=16", f"backbone.name={name}"]
-    job = prepare(toy_job(root / "study", options)).job
+    """Trials of the toy job, or, without the name of a backbone, of the one on texts."""
+    options = ["data.per_class=6", "train.batch_size=16", *([f"backbone.name={name}"] if name else [])]
+    job = prepare((toy_job if name else text_job)(root / "study", options)).job
     specs = []
     for number, config in enumerate(configs):
         arm = Arm(strategy=config.get("strategy", "freeze_depth"))
@@ -149,6 +150,11 @@ def test_half_precision_of_the_store_rounds_live_trials_alike(tmp_path: Path) ->
         assert (Ran([exact]).figures(spec.trial_id) != plain.figures(spec.trial_id)).any()
 
 
+def test_half_precision_keeps_what_is_padding(tmp_path: Path) -> None:
+    (spec,) = specs_of(tmp_path, "float16", 0, [{"freeze.depth": 2, "train.lr": 1e-3}], "confirm", None)
+    check(Ran([spec]), Ran([reading(spec)]), spec.trial_id, "float32")
+
+
 @settings(max_examples=6)
 @given(config=CONFIGS, views=VIEWS)
 def test_a_trial_on_stored_activations_is_the_trial_on_images(
@@ -223,6 +229,31 @@ def test_a_closed_form_head_is_the_same_in_a_pack(dtype: str, tmp_path: Path) ->
     values = {"freeze.depth": STAGES, "head.hidden": 0, "head.init": "probe"}
     configs = [{**values, "train.head_lr": lr} for lr in (1e-3, 1e-2)]
     plain = specs_of(tmp_path, dtype, 0, configs, "search")
+    together = Ran([reading(spec) for spec in plain])
+    for spec in plain:
+        check(Ran([spec]), together, spec.trial_id, dtype)
+
+
+@pytest.mark.parametrize("strategy", ["freeze_depth", *STRATEGIES])
+def test_texts_give_the_same_from_stored_activations(dtype: str, tmp_path: Path, strategy: str) -> None:
+    """At every cut: what is padding goes with the activations."""
+    values = {"strategy": strategy, "train.epochs": 4, "train.lr": 1e-3, **STRATEGIES.get(strategy, {})}
+    for depth in range(1, 5) if strategy == "freeze_depth" else (2,):
+        (spec,) = specs_of(tmp_path, dtype, 0, [{**values, "freeze.depth": depth}], "confirm", None)
+        plain, fast = Ran([spec]), Ran([reading(spec)])
+        check(plain, fast, spec.trial_id, dtype)
+        tolerance = 1e-6 if dtype == "float64" else 1e-4
+        found, expected = fast.probabilities(spec.trial_id), plain.probabilities(spec.trial_id)
+        np.testing.assert_allclose(found, expected, atol=tolerance)
+        assert plain.outcomes[spec.trial_id].row["inputs"] == "texts"
+        assert fast.outcomes[spec.trial_id].row["inputs"] == "features"
+
+
+@pytest.mark.parametrize("end", [1, 3, "all"])
+def test_texts_give_the_same_in_a_pack(dtype: str, tmp_path: Path, end: int | str) -> None:
+    values = {"freeze.depth": "all", "head.depth": end, "head.hidden": 4, "head.dropout": 0.4, "train.epochs": 2}
+    configs = [{**values, "train.head_lr": lr, "head.init": init} for lr, init in ((1e-3, "random"), (1e-2, "probe"))]
+    plain = specs_of(tmp_path, dtype, 0, configs, "search", None)
     together = Ran([reading(spec) for spec in plain])
     for spec in plain:
         check(Ran([spec]), together, spec.trial_id, dtype)

@@ -53,7 +53,7 @@ STAGES = tuple(
     StageCost(name, parameters, parameters / 1000, 0, share, 40)
     for name, parameters, share in (("stem", 100, 0.5), ("body", 300, 0.25), ("neck", 600, 0.25))
 )
-SIZES = Sizes(n_train=100, n_val=20, n_test=50, classes=10, feature_dim=8, pixels_bytes=12345)
+SIZES = Sizes(n_train=100, n_val=20, n_test=50, classes=10, feature_dim=8, inputs_bytes=12345)
 TIMES = StageTimes(
     device="cpu",
     hardware="a machine",
@@ -234,7 +234,7 @@ def test_disk_counts_files_rows_predictions_and_the_tensors_that_can_train() -> 
         "rows": 4 * PART_BYTES + 12 * TRIAL_BYTES + 36 * EPOCH_BYTES + 170 * SAMPLE_BYTES,
         "predictions": 100 * (40 + PREDICTION_BYTES),
         "bundle": 4 * (900 + 8 * 16 + 16 * 10) + BUNDLE_BYTES,
-        "pixels": 12345,
+        "inputs": 12345,
         "features": 0,
     }
     assert priced(job_with({"a": depths(1)}, ["confirm.seeds=0"]), times=times).disk["bundle"] == 0
@@ -346,7 +346,7 @@ def test_a_search_stays_within_the_images_and_bytes_of_its_estimate(tmp_path: Pa
         n_test=len(dataset.indices("test")),
         classes=10,
         feature_dim=24,
-        pixels_bytes=dataset.pixels.nbytes,
+        inputs_bytes=dataset.inputs.nbytes,
     )
     times, stored = stage_times(prepared), {1: 2048, 2: 1024, 3: 96}
     found = estimate(prepared.job, stage_table(prepared.backbone, 16), sizes, times, 1, stored, mean_bytes(prepared))

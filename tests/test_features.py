@@ -15,6 +15,7 @@ from frostline import features as module
 from frostline.data import load_data, subset
 from frostline.extract import extract, survey
 from frostline.features import EVAL_BATCH, Feed, Origin, chunks, filled, from_rows, to_rows
+from frostline.inputs import Images
 from frostline.prepare import prepare
 from frostline.shards import FeatureError
 from frostline.spec import TrialSpec, configure, search_seeds, trial_of
@@ -153,17 +154,18 @@ def changes(root: Path) -> dict[str, Any]:
     base = functools.partial(spec_of, root)
     origin = origin_of(base(), CPU)
     viewed = origin_of(base("augment.views=2", "augment.colour=0.3"), CPU)
-    folder = base("data.image_size=24")
+    folder, inputs = base("data.image_size=24"), origin.backbone.inputs
+    assert isinstance(inputs, Images)
     return {
         "nothing": origin,
         "weights and buffers": replace(origin, backbone=replace(origin.backbone, weights_hash="other")),
         "the network's source": replace(origin, backbone=replace(origin.backbone, source_hash="other")),
         "its name": replace(origin, backbone=replace(origin.backbone, name="other")),
         "its stages": replace(origin, backbone=replace(origin.backbone, stages_hash="other")),
-        "mean": replace(origin, backbone=replace(origin.backbone, mean=(0.1, 0.2, 0.3))),
-        "std": replace(origin, backbone=replace(origin.backbone, std=(0.1, 0.2, 0.3))),
+        "mean": replace(origin, backbone=replace(origin.backbone, inputs=Images((0.1, 0.2, 0.3), inputs.std))),
+        "std": replace(origin, backbone=replace(origin.backbone, inputs=Images(inputs.mean, (0.1, 0.2, 0.3)))),
         "resolution": origin_of(folder, CPU),
-        "images": replace(origin, dataset=replace(origin.dataset, pixels_hash="other")),
+        "images": replace(origin, dataset=replace(origin.dataset, inputs_hash="other")),
         "dtype": origin_of(base("features.dtype=float16"), CPU),
         "precision": origin_of(base("train.precision=bf16"), CPU),
         "view": viewed,

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from frostline.data import recipe_of
 from frostline.files import DataError
 from frostline.images import decode
-from frostline.pixels import Pixels, cache_root, content_hashes, load_pixels
+from frostline.pixels import Rows, cache_root, content_hashes, load_rows
 from frostline.sources import Source, open_source
 from frostline.spec import Data
 
@@ -47,11 +48,11 @@ def source_of(folder: Path) -> Source:
     return open_source(Data(path=str(folder)))
 
 
-def load(source: Source, size: int = 8, progress=None, **keys) -> Pixels:
+def load(source: Source, size: int = 8, progress=None, **keys) -> Rows:
     hashes, bad = content_hashes(source)
     assert not bad
-    options = {"fit": "crop", "max_pixels": 1000} | keys
-    return load_pixels(source, np.arange(len(hashes)), hashes, size=size, progress=progress, **options)
+    spec = Data.model_validate({"path": "any", "image_size": size, "max_megapixels": 0.001} | keys)
+    return load_rows(source, np.arange(len(hashes)), hashes, recipe_of(spec, source), progress)
 
 
 def counting(source: Source, reads: list) -> Source:
@@ -97,11 +98,11 @@ def test_the_key_covers_what_could_change_the_pixels(tmp_path, monkeypatch):
         load(source).key,
         load(source, size=9).key,
         load(source, fit="squash").key,
-        load(source, max_pixels=999).key,
+        load(source, max_megapixels=0.002).key,
     ]
     monkeypatch.setattr("PIL.__version__", "0.0")
     keys.append(load(source).key)
-    monkeypatch.setattr("frostline.pixels.DECODE_VERSION", 0)
+    monkeypatch.setattr("frostline.data.DECODE_VERSION", 0)
     keys.append(load(source).key)
     (tmp_path / "data/a/000.png").write_bytes(png(99))
     keys.append(load(source_of(tmp_path / "data")).key)
@@ -131,7 +132,7 @@ def test_a_file_that_changes_between_hashing_and_decoding_is_noticed(tmp_path, c
     hashes, _ = content_hashes(source)
     (folder / "b/003.png").write_bytes(png(88))
     with pytest.raises(DataError, match=r"b/003\.png changed while it was being read"):
-        load_pixels(source, np.arange(20), hashes, size=8, fit="crop", max_pixels=1000)
+        load_rows(source, np.arange(20), hashes, recipe_of(Data(path="any", image_size=8), source))
     assert {path.name for path in (cache / "pixels").rglob("*") if path.is_file()} == {"lock"}
 
 
@@ -199,7 +200,8 @@ LOADER = """
 import sys
 from pathlib import Path
 import numpy as np
-from frostline.pixels import content_hashes, load_pixels
+from frostline.data import recipe_of
+from frostline.pixels import content_hashes, load_rows
 from frostline.sources import open_source
 from frostline.spec import Data
 source = open_source(Data(path=sys.argv[1]))
@@ -210,7 +212,8 @@ def progress(done, total):
     if len(sys.argv) > 2 and done == 5:
         Path(sys.argv[2]).touch()
         import time; time.sleep(60)
-pixels = load_pixels(source, np.arange(len(hashes)), hashes, size=64, fit="crop", max_pixels=1000, progress=progress)
+recipe = recipe_of(Data(path="any", image_size=64, max_megapixels=0.001), source)
+pixels = load_rows(source, np.arange(len(hashes)), hashes, recipe, progress)
 print(len(calls), int(np.asarray(pixels.rows, np.int64).sum()))
 """
 
@@ -251,8 +254,9 @@ def test_a_full_disk_is_a_data_error_and_leaves_no_part(tmp_path, cache, monkeyp
     code = """
 import resource, signal, sys
 import numpy as np
+from frostline.data import recipe_of
 from frostline.files import DataError
-from frostline.pixels import content_hashes, load_pixels
+from frostline.pixels import content_hashes, load_rows
 from frostline.sources import open_source
 from frostline.spec import Data
 source = open_source(Data(path=sys.argv[1]))
@@ -260,7 +264,7 @@ hashes, _ = content_hashes(source)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # writes beyond fail as on a full disk
 try:
-    load_pixels(source, np.arange(20), hashes, size=64, fit="crop", max_pixels=1000)
+    load_rows(source, np.arange(20), hashes, recipe_of(Data(path="any", image_size=64), source))
 except DataError as error:
     print(error)
 """

@@ -116,9 +116,9 @@ def test_what_cannot_be_read_is_listed_and_costs_nothing_beside_it(bundle: Path,
     np.testing.assert_allclose(alone.probabilities, [row["probabilities"] for row in rows[:62]], atol=1e-6)
     assert rows[0]["loss"] == pytest.approx(-np.log(alone.probabilities[0, 0]), rel=1e-5)
     told = "\n".join(lines(summary))
-    assert "148 of 150 images predicted" in told
+    assert "148 of 150 samples predicted" in told
     assert "2 could not be read (1 x not an image, 1 x empty)" in told
-    assert "on 148 labelled images: accuracy" in told
+    assert "on 148 labelled samples: accuracy" in told
     assert json.loads((out / "summary.json").read_text())["scores"] == summary.scores
 
 
@@ -147,7 +147,7 @@ def test_parquet_with_other_columns_and_unknown_labels(bundle: Path, tmp_path: P
     summary = predict_data(bundle, str(file), tmp_path / "out", ["data.image_column=photo"], console=QUIET)
     assert (summary.predicted, summary.unreadable, summary.labelled, summary.foreign) == (3, 1, 1, {"cat": 1})
     assert rows_in(tmp_path / "out")["label"].to_pylist() == ["3", None, None]
-    assert "no classes of this bundle, so not scored: 'cat' (1 images)" in "\n".join(lines(summary))
+    assert "no classes of this bundle, so not scored: 'cat' (1 samples)" in "\n".join(lines(summary))
     with pytest.raises(ValueError, match=r"'data.fit=squash': of the data section a prediction takes"):
         predict_data(bundle, str(file), tmp_path / "other", ["data.fit=squash"], console=QUIET)
 
@@ -222,9 +222,9 @@ def test_a_batch_takes_at_most_half_of_the_memory() -> None:
 
 
 def test_parts_hold_full_batches() -> None:
-    assert [len(part) for part in parts.parts_of(range(2500), 64)] == [1024, 1024, 452]
-    assert [len(part) for part in parts.parts_of(range(500), 224)] == [192, 192, 116]
-    assert [len(part) for part in parts.parts_of(range(65), 4096)] == [64, 1]
+    assert [len(part) for part in parts.parts_of(range(2500), 3 * 64**2)] == [1024, 1024, 452]
+    assert [len(part) for part in parts.parts_of(range(500), 3 * 224**2)] == [192, 192, 116]
+    assert [len(part) for part in parts.parts_of(range(65), 3 * 4096**2)] == [64, 1]
     assert parts.parts_of([], 64) == []
 
 
@@ -250,7 +250,7 @@ def test_the_command(bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.
     out = str(tmp_path / "out")
     assert main(["predict", str(bundle), str(folder), "--out", out]) == 0
     said = capsys.readouterr()
-    assert "148 of 150 images predicted" in said.out
+    assert "148 of 150 samples predicted" in said.out
     assert main(["predict", str(bundle), str(folder), "--out", out]) == 0
     assert main(["predict", str(bundle), str(folder / "nowhere"), "--out", out]) == 2
     assert "does not exist" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def live(folder: Path, cut: int, view: int | None) -> dict[str, dict[str, float]
     train = subset(dataset, spec.data.per_class, spec.seeds.subset)
 
     def features(samples: np.ndarray, view: int | None) -> torch.Tensor:
-        return pooled(emit(Feed().module(origin), [origin.cut(cut)], origin.images(samples, view))[cut])
+        return pooled(emit(Feed().module(origin), [origin.cut(cut)], origin.inputs(samples, view))[cut])
 
     shown, labels = features(train, view), torch.from_numpy(dataset.labels[train])
     return {

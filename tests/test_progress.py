@@ -32,10 +32,10 @@ def test_a_line_says_all_that_matters() -> None:
 
 def test_while_activations_are_stored_the_images_are_counted() -> None:
     busy = snapshot(0, extracted=1024, to_extract=10_600)
-    assert "1,024 of 10,600 images through frozen stages" in line(busy)
+    assert "1,024 of 10,600 samples through frozen stages" in line(busy)
     out = io.StringIO()
     Console(file=out, width=120).print(panel(busy))
-    assert "1,024 of 10,600 images through frozen stages" in out.getvalue()
+    assert "1,024 of 10,600 samples through frozen stages" in out.getvalue()
     assert "images" not in line(snapshot())
 
 

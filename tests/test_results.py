@@ -342,7 +342,7 @@ def test_extractions_are_part_of_what_a_study_cost(tmp_path: Path) -> None:
         "images_extracted": 2000,
     }
     lines = shown(study).splitlines()
-    assert "device time: 1 min 58 s, of which 10.0 s for 2,000 images through frozen stages" in lines
+    assert "device time: 1 min 58 s, of which 10.0 s for 2,000 samples through frozen stages" in lines
     assert "the trials one by one, nothing stored or shared: about 4 min 30 s" in lines
     views = query(study, "SELECT view, sum(images)::BIGINT AS images FROM extractions GROUP BY 1 ORDER BY 1")
     assert views.to_pylist() == [{"view": 0, "images": 563}, {"view": None, "images": 1437}]

@@ -10,7 +10,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from frostline.files import DataError
-from frostline.sources import FASHION_CLASSES, FASHION_MNIST, Source, infer_kind, open_source
+from frostline.sources import FASHION_CLASSES, FASHION_MNIST, PACKAGES, Source, infer_kind, open_source
 from frostline.spec import Data
 
 
@@ -122,7 +122,8 @@ def test_what_belongs_to_no_class_or_holds_nothing_is_a_problem(tmp_path):
 
 def test_a_folder_without_images_says_what_is_there(tmp_path):
     with pytest.raises(
-        DataError, match=r"holds no images \(.png .*\) and no Parquet, but 2 other file\(s\), such as 'a.txt'"
+        DataError,
+        match=r"holds no images \(.png .*\) and no Parquet, but 2 other file\(s\), such as 'a.txt'; .* for texts name",
     ):
         opened(tree(tmp_path / "texts", "a.txt", "b/c.csv"))
     with pytest.raises(DataError, match="but no visible file"):
@@ -201,7 +202,7 @@ def test_debians_fashion_mnist():
 
 
 def test_without_debians_package_its_name_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("frostline.sources.FASHION_MNIST", str(tmp_path / "fashion-mnist"))
+    monkeypatch.setitem(PACKAGES, "fashion-mnist", (str(tmp_path / "fashion-mnist"), "dataset-fashion-mnist"))
     with pytest.raises(DataError, match=r"fashion-mnist does not exist; `apt-get install dataset-fashion-mnist`"):
         opened("fashion-mnist")
 
@@ -261,7 +262,7 @@ def test_parquet_splits_by_column_or_by_file_name(tmp_path):
     with pytest.raises(DataError, match=r"holds 'train-00000-of-00002.parquet' beside 'more.parquet': which split"):
         opened(tmp_path / "names")
     write("column/e.parquet")
-    with pytest.raises(DataError, match="some of its Parquet files say which split their rows are in, some do not"):
+    with pytest.raises(DataError, match="some of its files say which split their rows are in, some do not"):
         opened(tmp_path / "column")
 
 

@@ -136,7 +136,7 @@ def test_a_trial_of_each_strategy_leaves_a_bundle_that_predicts_as_it_did(tmp_pa
     assert bundle.spec == spec
     origin = origin_of(spec, World.here(job.resources))
     test = origin.dataset.indices("test")
-    read = Batches(Feed().images(origin), test, torch.from_numpy(origin.dataset.labels[test]))
+    read = Batches(Feed().inputs(origin), test, torch.from_numpy(origin.dataset.labels[test]))
     found = torch.from_numpy(predict(bundle.network, read)).softmax(1).numpy()
     np.testing.assert_allclose(found, [row["probabilities"] for row in outcome.predictions], atol=1e-5)
 

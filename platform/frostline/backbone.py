@@ -23,8 +23,12 @@ import torchvision
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from frostline.encoder import load_encoder
+from frostline.files import DataError
+from frostline.inputs import Images, Inputs, Triple
+from frostline.modality import MINILM, PREFIX, reads_text
 from frostline.models import digest
-from frostline.spec import BackboneSpec
+from frostline.spec import BackboneSpec, Pool
 from frostline.stages import (
     BackboneError,
     Stage,
@@ -39,12 +43,13 @@ from frostline.stages import (
     stage_costs,
     value_of,
 )
+from frostline.tokens import folder_of
 from frostline.weights import hash_weights, lite0_weights, load_weights, read_weights
-
-Triple = tuple[float, float, float]
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+TOKENS = 128
+"""Of a text, where neither job nor encoder says another number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,16 +58,17 @@ class Backbone:
 
     name: str
     module: nn.Module
-    """Normalised float32 images (N, 3, H, W) -> pooled features (N, feature_dim). In eval mode; names are the library's own."""
+    """Normalised float32 images (N, 3, H, W), or tokens (N, 2, T), -> pooled features (N, feature_dim). In eval mode; names are
+    the library's own."""
     stages: tuple[Stage, ...]
     """Input to output; they hold every parameter and buffer once."""
     module_stage: Mapping[str, int]
     """Stage of every module of `module`, by name; with that stage it goes to eval mode."""
     feature_dim: int
-    mean: Triple
-    std: Triple
-    image_size: int
-    """Side of the square input in pixels."""
+    inputs: Inputs
+    """What it takes: images or texts."""
+    size: int
+    """Of an input: the side in pixels, or the length in tokens; where a text encoder takes any, 128."""
     classifier: tuple[Tensor, Tensor | None] | None
     """Weight (classes, feature_dim) and bias (classes,) of the classifier taken off, where its weights were given."""
     weights_hash: str
@@ -95,9 +101,8 @@ class _Network:
     """A backbone before its stages are checked."""
 
     module: nn.Module
-    mean: Triple
-    std: Triple
-    image_size: int
+    inputs: Inputs
+    size: int
     groups: Sequence[Sequence[str]] | None = None
     """Names of tensors, input to output; by order of execution when None."""
     stage_names: tuple[str, ...] = ()
@@ -107,34 +112,40 @@ class _Network:
 
 
 def load_backbone(spec: BackboneSpec, *, image_size: int | None = None) -> Backbone:
-    """The backbone that `spec` names, for images of `image_size` pixels a side (its own size when None).
+    """The backbone that `spec` names, for images of `image_size` pixels a side (its own size when None, and for texts).
 
     Loaded once per process; random weights of one seed are the same in every process. Raises BackboneError where the name or the weights
     cannot be had, or the network cannot be cut into stages that run one after the other.
     """
     path = Path(spec.weights)
     stamp = path.stat().st_mtime_ns if spec.weights not in ("pretrained", "random") and path.is_file() else 0
-    return _load(spec.name, spec.weights, image_size, stamp, spec.seed)
+    if reads_text(spec.name):
+        stamp += sum(file.stat().st_mtime_ns for file in Path(spec.name.removeprefix(PREFIX)).glob("*.*"))
+    return _load(spec.name, spec.weights, image_size, stamp, spec.seed, spec.pool)
 
 
-def stage_table(backbone: Backbone, image_size: int) -> tuple[StageCost, ...]:
-    """What each stage costs at `image_size` pixels a side. Raises BackboneError where the network refuses that size."""
+def stage_table(backbone: Backbone, size: int) -> tuple[StageCost, ...]:
+    """What each stage costs with inputs of this size. Raises BackboneError where the network refuses it."""
     device = next(backbone.module.parameters()).device
-    return stage_costs(backbone.module, backbone.stages, _noise(image_size).to(device))
+    return stage_costs(backbone.module, backbone.stages, backbone.inputs.noise(2, size).to(device))
 
 
 @lru_cache(maxsize=4)
-def _load(name: str, weights: str, image_size: int | None, stamp: int, seed: int) -> Backbone:
+def _load(name: str, weights: str, image_size: int | None, stamp: int, seed: int, pool: Pool) -> Backbone:
     kind, separator, rest = re.findall(r"^([^/:]*)([/:]?)(.*)", name)[0]
-    if kind + separator not in _SOURCES:
-        near = difflib.get_close_matches(kind, ["efficientnet-lite0", "timm", "torchvision", "python"], n=1)
+    if kind + separator not in _SOURCES and not reads_text(name):
+        near = difflib.get_close_matches(
+            kind, ["efficientnet-lite0", "timm", "torchvision", "python", "text", MINILM], n=1
+        )
         raise BackboneError(
             f"backbone {name!r}: a name is efficientnet-lite0, timm/NAME, torchvision/NAME[@WEIGHTS] or "
-            f"python:MODULE:FUNCTION{_did_you_mean(near)}"
+            f"python:MODULE:FUNCTION, or for texts {MINILM} or {PREFIX}FOLDER{_did_you_mean(near)}"
         )
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            if reads_text(name):
+                return _backbone(name, _text(name, weights, pool))
             return _backbone(name, _SOURCES[kind + separator](rest, weights, image_size))
     except BackboneError as error:
         raise BackboneError(f"backbone {name}: {error}") from error
@@ -142,16 +153,17 @@ def _load(name: str, weights: str, image_size: int | None, stamp: int, seed: int
 
 def _backbone(name: str, network: _Network) -> Backbone:
     module = network.module.eval()
-    images = _noise(network.image_size)
-    recording = record(module, images)
+    noise = network.inputs.noise(2, network.size)
+    recording = record(module, noise)
     features = recording.output
-    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(noise):
         returned = (
             f"a tensor of shape {list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
         )
-        raise BackboneError(f"{len(images)} images give {returned}, not features ({len(images)}, D); pool them")
+        given = f"{len(noise)} {network.inputs.noun}s"
+        raise BackboneError(f"{given} give {returned}, not features ({len(noise)}, D); pool them")
     if not features.isfinite().all():
-        raise BackboneError("the features of a noise image are not finite, so the weights are damaged")
+        raise BackboneError("the features of noise are not finite, so the weights are damaged")
     groups = network.groups
     if not network.stage_names:
         groups = complete_groups(module, recording, groups or forward_groups(recording))
@@ -162,9 +174,8 @@ def _backbone(name: str, network: _Network) -> Backbone:
         stages=stages,
         module_stage=module_stages(module, recording, stages),
         feature_dim=features.shape[1],
-        mean=network.mean,
-        std=network.std,
-        image_size=network.image_size,
+        inputs=network.inputs,
+        size=network.size,
         classifier=network.classifier,
         weights_hash=hash_weights(module),
         stages_hash=digest([[stage.name, stage.tensors] for stage in stages]),
@@ -198,9 +209,8 @@ def _timm(
     classifier = _take_off(model, head, loaded)
     return _Network(
         module=model,
-        mean=tuple(model.pretrained_cfg["mean"]),
-        std=tuple(model.pretrained_cfg["std"]),
-        image_size=size,
+        inputs=Images(tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])),
+        size=size,
         groups=_timm_groups(model),
         classifier=classifier,
     )
@@ -253,9 +263,8 @@ def _torchvision(name: str, weights: str, image_size: int | None) -> _Network:
     loaded = _fill(model, weights, head)
     return _Network(
         module=model,
-        mean=tuple(preset.mean) if preset else IMAGENET_MEAN,
-        std=tuple(preset.std) if preset else IMAGENET_STD,
-        image_size=size,
+        inputs=Images(tuple(preset.mean), tuple(preset.std)) if preset else Images(IMAGENET_MEAN, IMAGENET_STD),
+        size=size,
         classifier=_take_off(model, head, loaded),
     )
 
@@ -292,13 +301,21 @@ def _python(name: str, weights: str, image_size: int | None) -> _Network:
     assert file is not None, f"{module_name} has functions but no source"
     return _Network(
         module=module,
-        mean=custom.get("mean", IMAGENET_MEAN),
-        std=custom.get("std", IMAGENET_STD),
-        image_size=image_size or custom.get("image_size", 224),
+        inputs=Images(custom.get("mean", IMAGENET_MEAN), custom.get("std", IMAGENET_STD)),
+        size=image_size or custom.get("image_size", 224),
         groups=groups,
         stage_names=tuple(stage for stage, _ in custom["stages"]),
         source_hash=hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16],
     )
+
+
+def _text(name: str, weights: str, pool: Pool) -> _Network:
+    try:
+        folder = folder_of(name)
+    except DataError as error:
+        raise BackboneError(str(error)) from error
+    encoder, groups, names = load_encoder(folder, weights, pool)
+    return _Network(encoder, encoder.texts, min(TOKENS, encoder.texts.longest), groups, tuple(names))
 
 
 _SOURCES: dict[str, Callable[[str, str, int | None], _Network]] = {
@@ -311,7 +328,7 @@ _SOURCES: dict[str, Callable[[str, str, int | None], _Network]] = {
 
 def _classifier_of(model: nn.Module, image_size: int) -> str:
     """Name of the linear layer that makes a classification network's output, found by recording a forward pass."""
-    recording = record(model, _noise(image_size))
+    recording = record(model, Images(IMAGENET_MEAN, IMAGENET_STD).noise(2, image_size))
     output = recording.output
     used = {name for name, _ in model.named_parameters() if name in recording.spans}
     last = recording.calls[max(recording.spans[name][1] for name in used)]
@@ -350,10 +367,6 @@ def _fill(model: nn.Module, weights: str, head: str | None) -> Collection[str]:
         return names
     optional = {name for name in names if head is not None and name.startswith(f"{head}.")}
     return load_weights(model, read_weights(Path(weights)), weights, optional)
-
-
-def _noise(image_size: int) -> Tensor:
-    return torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
 
 
 def _did_you_mean(near: Sequence[str]) -> str:

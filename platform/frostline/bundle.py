@@ -7,7 +7,7 @@ preprocessing, scores, hashes, versions) and `README.md` (a model card). Nothing
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,13 +28,16 @@ from frostline.collectives import full
 from frostline.commit import published, verify_folder
 from frostline.cuts import Cut, cut_at, leave_at, round_at, widened
 from frostline.depths import end_of
-from frostline.features import EVAL_BATCH, filled, normalised, on_device, rounded_at
+from frostline.features import EVAL_BATCH, filled, on_device, rounded_at
 from frostline.files import locate, read_bytes
 from frostline.freeze import Applied, Network, Plan, apply_plan, compile_plan, pretrained_names, whole
 from frostline.head import build_head
 from frostline.images import BadImage, Fit, decode, fitted
+from frostline.inputs import Images, Inputs
 from frostline.metrics import probabilities
-from frostline.spec import TrialSpec
+from frostline.samples import BadSample
+from frostline.spec import Data, TrialSpec
+from frostline.tokens import Tokenizer, load_tokenizer, parse_tokenizer, raw_of, to_ids, tokenizer_files
 from frostline.weights import hash_tensors, read_weights
 from frostline.world import autocast_dtype, find_device, mixed
 
@@ -78,6 +81,10 @@ class Bundle:
     autocast: torch.dtype | None
     threads: int
     """Of a pass on a CPU."""
+    inputs: Inputs
+    """How rows become what the network is fed."""
+    tokenizer: Tokenizer | None
+    """Its own, where it reads texts."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -86,8 +93,8 @@ class Bundle:
 
     @property
     def size(self) -> int:
-        """Side of the square input in pixels."""
-        return self.about["preprocessing"]["image_size"]
+        """Side of the square input in pixels, or its length in tokens."""
+        return self.about["preprocessing"]["max_tokens" if self.tokenizer else "image_size"]
 
     @property
     def fit(self) -> Fit:
@@ -99,19 +106,28 @@ class Bundle:
         """16 hex digits over its tensors and what is known of it."""
         return hash_tensors(self.network.state_dict().items())[:16]
 
-    def predict(self, images: Iterable[Picture], *, batch_size: int = EVAL_BATCH) -> Predicted:
-        """Labels and probabilities of images, which are decoded, fitted and normalised as in training; N may be 0.
+    @cached_property
+    def _ids(self) -> Callable[[bytes], np.ndarray]:
+        assert self.tokenizer is not None
+        return to_ids(self.tokenizer, self.size, pair=self.about["preprocessing"]["pair"])
 
-        Of EVAL_BATCH images or more, with the default batch size, the logits are to the bit those that the trial gave or would have
-        given, on the same hardware; fewer take a smaller pass, which differs in the last bits. Raises BadImage, naming the image, where one cannot be used.
+    def predict(
+        self, samples: Iterable[Picture] | Iterable[str | Sequence[str]], *, batch_size: int = EVAL_BATCH
+    ) -> Predicted:
+        """Labels and probabilities of images, which are decoded, fitted and normalised as in training, or of texts (a pair is two
+        of them), which are tokenised as there; N may be 0.
+
+        Of EVAL_BATCH samples or more, with the default batch size, the logits are to the bit those that the trial gave or would have
+        given, on the same hardware; fewer take a smaller pass, which differs in the last bits. Raises BadSample, naming the sample, where one cannot be used.
         """
         logits, held = [np.empty((0, len(self.classes)), np.float32)], []
-        for number, image in enumerate(images):
+        for number, sample in enumerate(samples):
             try:
-                held.append(self.pixels(image))
-            except BadImage as error:
-                name = str(image) if isinstance(image, str | Path) else f"image {number}"
-                raise BadImage(f"{name}: {error}") from None
+                held.append(self.pixels(sample) if self.tokenizer is None else self.ids(sample))
+            except BadSample as error:
+                named = self.tokenizer is None and isinstance(sample, str | Path)
+                name = str(sample) if named else f"{self.inputs.noun} {number}"
+                raise type(error)(f"{name}: {error}") from None
             if len(held) == batch_size:
                 logits.append(self.pass_through(np.stack(held))[0])
                 held = []
@@ -121,7 +137,7 @@ class Bundle:
         labels = [self.classes[label] for label in found.argmax(axis=1)]
         return Predicted(labels, probabilities(found), found)
 
-    def pixels(self, image: Picture) -> np.ndarray:
+    def pixels(self, image: Any) -> np.ndarray:
         """(size, size, 3) uint8 of an image. Raises BadImage."""
         if isinstance(image, str | Path):
             image = read_bytes(locate(str(image)))
@@ -136,15 +152,22 @@ class Bundle:
             raise BadImage(f"an array {list(image.shape)} of {image.dtype}: give (H, W, 3) or (H, W) uint8")
         return fitted(Image.fromarray(np.ascontiguousarray(image)), size=self.size, fit=self.fit)
 
-    def pass_through(self, pixels: np.ndarray, *, fill: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """(N, C) logits and the (N, D) features that the head is given, of (N, size, size, 3) uint8 pixels, in one batch, `filled`
-        unless told not to."""
-        shown, count = self.about["preprocessing"], len(pixels)
+    def ids(self, sample: Any) -> np.ndarray:
+        """(size, 2) int32 of a text or of a pair. Raises BadSample."""
+        texts = (sample,) if isinstance(sample, str) else tuple(sample)
+        wanted = 2 if self.about["preprocessing"]["pair"] else 1
+        if len(texts) != wanted or not all(isinstance(text, str) for text in texts):
+            raise BadSample(f"a text each is needed, or of pairs two: here {wanted}")
+        return self._ids(raw_of([text.encode("utf-8", "surrogateescape") for text in texts]))
+
+    def pass_through(self, rows: np.ndarray, *, fill: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """(N, C) logits and the (N, D) features that the head is given, of (N, size, size, 3) uint8 pixels or (N, size, 2) int32 ids
+        of tokens, in one batch, `filled` unless told not to."""
         with _as_in_a_trial(self.threads), torch.no_grad(), mixed(self.device, self.autocast):
-            images = normalised(pixels, tuple(shown["mean"]), tuple(shown["std"]), self.device)
-            features = self.network.backbone(filled(images) if fill else images)
+            fed = self.inputs.fed(rows, self.device)
+            features = self.network.backbone(filled(fed) if fill else fed)
             logits = self.network.head(features)
-            return widened(logits)[:count].cpu().numpy(), widened(features)[:count].cpu().numpy()
+            return widened(logits)[: len(rows)].cpu().numpy(), widened(features)[: len(rows)].cpu().numpy()
 
 
 def bundle_files(
@@ -165,12 +188,7 @@ def bundle_files(
         "full": False,
         "spec": spec.model_dump(mode="json"),
         "labels": list(classes),
-        "preprocessing": {
-            "image_size": spec.data.image_size,
-            "fit": spec.data.fit,
-            "mean": list(backbone.mean),
-            "std": list(backbone.std),
-        },
+        "preprocessing": preprocessing_of(spec.data, backbone.inputs),
         "scores": scores,
         "weights_hash": backbone.weights_hash,
         "stages_hash": backbone.stages_hash,
@@ -181,6 +199,7 @@ def bundle_files(
         "model.safetensors": safetensors.save(moved),
         "bundle.json": as_json(about),
         "README.md": model_card(spec, [stage.name for stage in backbone.stages], classes, row).encode(),
+        **(tokenizer_files(spec.data.tokenizer) if spec.data.tokenizer else {}),
     }
 
 
@@ -192,8 +211,17 @@ def full_files(folder: str | Path) -> dict[str, bytes]:
     return {
         "model.safetensors": safetensors.save(state),
         "bundle.json": as_json({**bundle.about, "full": True}),
-        "README.md": (published(Path(folder)) / "README.md").read_bytes(),
+        **{name: (published(Path(folder)) / name).read_bytes() for name in _others(folder)},
     }
+
+
+def _others(folder: str | Path) -> list[str]:
+    """The files of a bundle that are the same whichever tensors it holds: its card, and those of a tokenizer."""
+    return sorted(
+        path.name
+        for path in published(Path(folder)).iterdir()
+        if path.name not in ("model.safetensors", "bundle.json", "manifest.json")
+    )
 
 
 def as_json(about: Mapping[str, Any]) -> bytes:
@@ -212,14 +240,16 @@ def load_bundle(folder: str | Path, *, device: str | None = None, threads: int |
     about, tensors = _read(folder)
     spec = TrialSpec.model_validate(about["spec"])
     wanted = spec.backbone.model_copy(update={"weights": "random"}) if about.get("full") else spec.backbone
+    shown = about["preprocessing"]
+    check_preprocessing(folder, shown)
     backbone = load_backbone(wanted, image_size=spec.data.image_size)
     _check_backbone(folder, about, backbone)
     place = find_device(device or spec.resources.device)
     autocast = autocast_dtype(spec.config.train.precision, place)
     end = end_of(spec.config.head, len(backbone.stages))
     plan = compile_plan(spec.config.freeze, backbone.stages, end, spec.config.train.epochs)
-    assert spec.data.image_size is not None, "a trial's is resolved"
-    rounding = rounded_at(backbone, spec.data.image_size, plan.cut, spec.features.dtype, autocast)
+    assert spec.data.size is not None, "a trial's is settled"
+    rounding = rounded_at(backbone, spec.data.size, plan.cut, spec.features.dtype, autocast)
     network, stays = build_network(spec, backbone, plan, len(about["labels"]), place, rounding)
     missing, unexpected = network.load_state_dict(tensors, strict=False)
     wrong = [name for name in missing if about.get("full") or name not in stays] + unexpected
@@ -235,6 +265,8 @@ def load_bundle(folder: str | Path, *, device: str | None = None, threads: int |
         device=place,
         autocast=autocast,
         threads=threads or spec.resources.threads,
+        inputs=Images(tuple(shown["mean"]), tuple(shown["std"])) if "mean" in shown else backbone.inputs,
+        tokenizer=tokenizer_of(folder, shown) if "tokenizer" in shown else None,
     )
 
 
@@ -251,7 +283,7 @@ def build_network(
     stays = pretrained_names(network, whole(apply_plan(plan, network, backbone)))
     dtype = getattr(torch, spec.features.dtype)
     if cut is not None:
-        leave_at(network.backbone, cut, dtype if rounding and plan.only_head else None)
+        leave_at(network.backbone, cut, backbone.inputs.pooled, dtype if rounding and plan.only_head else None)
     if rounding is not None:
         round_at(network.backbone, rounding, dtype)
     return network.eval(), frozenset(stays)
@@ -261,8 +293,8 @@ def _end(spec: TrialSpec, backbone: Backbone, plan: Plan) -> Cut | None:
     """Where the head stands, if not at the end."""
     if plan.end == len(backbone.stages):
         return None
-    assert spec.data.image_size is not None, "a trial's is resolved"
-    cut = cut_at(backbone, spec.data.image_size, plan.end)
+    assert spec.data.size is not None, "a trial's is settled"
+    cut = cut_at(backbone, spec.data.size, plan.end)
     assert cut is not None, "it was trained there"
     return cut
 
@@ -310,3 +342,27 @@ def _as_in_a_trial(threads: int) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         if before != threads:
             torch.set_num_threads(before)
+
+
+def preprocessing_of(data: Data, inputs: Inputs) -> dict[str, Any]:
+    """What is done to a sample before the network is fed it, as JSON values."""
+    if isinstance(inputs, Images):
+        return {"image_size": data.image_size, "fit": data.fit, **inputs.about()}
+    assert data.tokenizer is not None, "settled before it was trained"
+    tokenizer, pair = load_tokenizer(data.tokenizer), data.pair_column is not None
+    kept = {"tokenizer": tokenizer.hash, "pad_token": tokenizer.pad, "pad_id": tokenizer.pad_id}
+    return {**kept, "max_tokens": data.max_tokens, "pair": pair, "pool": inputs.pool}
+
+
+def check_preprocessing(folder: Path, said: dict[str, Any]) -> None:
+    """Whether a bundle's tokenizer is the one that it was trained with. Raises BundleError."""
+    if "tokenizer" in said and (found := tokenizer_of(folder, said).hash) != said["tokenizer"]:
+        raise BundleError(f"{folder}: its tokenizer.json has hash {found}, and it was trained with {said['tokenizer']}")
+
+
+def tokenizer_of(folder: Path, said: dict[str, Any]) -> Tokenizer:
+    """The tokenizer in a bundle of this preprocessing. Raises BundleError."""
+    try:
+        return parse_tokenizer(str(folder), (folder / "tokenizer.json").read_text(encoding="utf-8"), said["pad_token"])
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{folder}: its tokenizer cannot be read: {error}") from error

@@ -60,7 +60,8 @@ class Candidate:
     weights: str
     """As the job has it: `pretrained`, `random` or a path."""
     weights_hash: str
-    image_size: int
+    size: int
+    """Of an input: the side in pixels, or the length in tokens."""
     stages: int
     images_passed: int
     """Through the backbone, now; those whose means were stored already passed before."""
@@ -85,6 +86,8 @@ class Probed:
     n_train: int
     n_val: int
     classes: int
+    inputs: str
+    """What was classified: `images` or `texts`."""
     folds: int
     """Of the cross-validation on train; 0 where there is none."""
     no_folds: str | None
@@ -236,12 +239,12 @@ def verdict(probed: Probed) -> Iterator[tuple[str, str]]:
         if said := ", ".join(f"{name} {tau:.2f}" for name, tau in taus.items() if tau is not None):
             yield "", f"Kendall's tau with the best score on val, {len(found)} backbones at these cuts: {said}"
     if probed.folds:
-        how = f"by {probed.folds}-fold cross-validation on {probed.n_train:,} train images"
-        yield "chosen", f"{how}; val's {probed.n_val:,} images have had no part in it, and test is not read"
+        how = f"by {probed.folds}-fold cross-validation on {probed.n_train:,} train {probed.inputs}"
+        yield "chosen", f"{how}; val's {probed.n_val:,} {probed.inputs} have had no part in it, and test is not read"
     else:
         yield (
             "chosen",
-            f"on val's {probed.n_val:,} images, so that what is best looks better than it is: {probed.no_folds}",
+            f"on val's {probed.n_val:,} {probed.inputs}, so that what is best looks better than it is: {probed.no_folds}",
         )
     yield (
         "nothing trained",
@@ -270,7 +273,7 @@ def _said(head: HeadScore, probed: Probed) -> str:
     accuracy = head.val_scores["accuracy"]
     error = f"binomial standard error {binomial_error(accuracy, probed.n_val):.4f}"
     also = "" if probed.metric == "accuracy" else f"; accuracy {accuracy:.4f}"
-    val = f"{head.val:.4f} on val ({probed.n_val:,} images{also}, {error})"
+    val = f"{head.val:.4f} on val ({probed.n_val:,} {probed.inputs}{also}, {error})"
     if head.inner is None:
         return f"{probed.metric} {val}"
     return f"{probed.metric} {head.inner:.4f} in cross-validation on train, {val}"

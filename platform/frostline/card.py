@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from frostline.modality import reads_text
 from frostline.spec import TrialSpec
 
 METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "nll": "NLL"}
@@ -15,6 +16,13 @@ METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "ma
 def model_card(spec: TrialSpec, stages: Sequence[str], classes: Sequence[str], row: Mapping[str, Any]) -> str:
     """The card of a confirmation with this row; `stages` are the names of the backbone's, input to output."""
     config, data = spec.config, dataset_name(spec.data.path)
+    noun = "text" if reads_text(spec.backbone.name) else "image"
+    task = f"{noun}-classification"
+    if noun == "text":
+        shown = f"texts, cut to {spec.data.max_tokens} tokens, `{spec.backbone.pool}` pooling; `tokenizer.json` is beside this file"
+    else:
+        side = spec.data.image_size
+        shown = f"RGB, {side} x {side} pixels, `{spec.data.fit}`; mean and deviation are in `bundle.json`"
     depth, metrics = row["freeze_depth"], [name for name in METRICS if f"test_{name}" in row]
     frozen = f"{depth} of {len(stages)} stages frozen" + (f" ({_code(stages[:depth])})" if depth else "")
     layer = f"an MLP of {config.head.hidden} units" if config.head.hidden else "linear"
@@ -22,14 +30,14 @@ def model_card(spec: TrialSpec, stages: Sequence[str], classes: Sequence[str], r
     lines = [
         "---",
         "library_name: frostline",
-        "pipeline_tag: image-classification",
-        f"tags: {json.dumps(['image-classification', 'transfer-learning', 'fine-tuning', 'frostline'])}",
+        f"pipeline_tag: {task}",
+        f"tags: {json.dumps([task, 'transfer-learning', 'fine-tuning', 'frostline'])}",
         f"base_model: {json.dumps(spec.backbone.name)}",
         f"metrics: {json.dumps(metrics)}",
         "model-index:",
         f"- name: {json.dumps(spec.trial_id)}",
         "  results:",
-        f"  - task: {json.dumps({'type': 'image-classification'})}",
+        f"  - task: {json.dumps({'type': task})}",
         f"    dataset: {json.dumps({'name': data, 'type': data, 'split': 'test'})}",
         "    metrics:",
         *(f"    - {json.dumps({'type': name, 'value': round(row[f'test_{name}'], 6)})}" for name in metrics),
@@ -40,10 +48,9 @@ def model_card(spec: TrialSpec, stages: Sequence[str], classes: Sequence[str], r
         "",
         f"- **Strategy**: `{config.freeze.strategy}`: {frozen}, norm layers `{config.freeze.norm}`.",
         f"- **Head**: {layer}, after stage {row['head_depth']} of {len(stages)}.",
-        f"- **Trained**: {row['trainable_params']:,} of {row['total_params']:,} parameters, on {row['n_train']:,} images for "
+        f"- **Trained**: {row['trainable_params']:,} of {row['total_params']:,} parameters, on {row['n_train']:,} {noun}s for "
         f"{row['epochs']} epochs.",
-        f"- **Input**: RGB, {spec.data.image_size} x {spec.data.image_size} pixels, `{spec.data.fit}`; mean and deviation are in "
-        "`bundle.json`.",
+        f"- **Input**: {shown}.",
         f"- **Classes**: {len(classes)}: {_code(classes[:50])}{', …' if len(classes) > 50 else ''}.",
         "",
         "## Results",

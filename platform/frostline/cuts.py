@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from frostline.backbone import Backbone
-from frostline.closedform import pooled, pooled_width
+from frostline.closedform import pooled_width
 from frostline.stages import REFUSALS, Made, Recording, Stage, Value, Visit, lone_activations, module_stages, record
+
+Pooling = Callable[[Tensor], Tensor]
+"""(N, …) activations to (N, D) features; see `inputs`."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ class Cut:
     module: str
     """The module that returns the activation; "" at the last cut, where it is the features."""
     shape: tuple[int, ...]
-    """Of one image's activation."""
-    image_shape: tuple[int, ...]
-    """Of one image, (3, H, W)."""
+    """Of one input's activation."""
+    input_shape: tuple[int, ...]
+    """Of one input, (3, H, W) or (2, T)."""
     output: Any
     """What `module` returns, with one `Hole` in it: a tensor, or containers around one."""
     skipped: tuple[tuple[str, Any], ...] = ()
@@ -61,7 +64,7 @@ def find_cuts(
     """Index -> cut, ascending, for those of `wanted` (all when not given) that can be resumed; the last one,
     `len(stages)`, always can.
 
-    `images` (N, 3, H, W), N at least 3, are any; cuts hold for this H and W. On a copy of the network and other images
+    `images` (N, 3, H, W) or texts (N, 2, T), N at least 3, are any; cuts hold for this H and W, or T. On a copy of the network and other images
     each cut is tried in eval mode, and with all before it in eval mode and the rest in train mode: resumed from what the
     first emits, both must give the network's own output to the bit. `module` is left as it is. Raises BackboneError where
     the network refuses the images.
@@ -90,36 +93,35 @@ def find_cuts(
     return cuts
 
 
-def cuts_at(backbone: Backbone, image_size: int, indices: Iterable[int]) -> dict[int, Cut]:
-    """Index -> cut, ascending, for those of `indices` that a backbone can be resumed from with images of `image_size` pixels
-    a side. Each is tried once per process; to ask for many together spares what they have in common, to leave others out
+def cuts_at(backbone: Backbone, size: int, indices: Iterable[int]) -> dict[int, Cut]:
+    """Index -> cut, ascending, for those of `indices` that a backbone can be resumed from with inputs of this size. Each is tried once per process; to ask for many together spares what they have in common, to leave others out
     their trials, which take a large network long."""
-    known, indices = _known(backbone, image_size), sorted(indices)
+    known, indices = _known(backbone, size), sorted(indices)
     if new := set(indices) - known.keys():
-        found = find_cuts(backbone.module, backbone.stages, _noise(backbone, image_size), new)
+        found = find_cuts(backbone.module, backbone.stages, _noise(backbone, size), new)
         known.update({index: found.get(index) for index in new})
     return {index: cut for index in indices if (cut := known[index])}
 
 
-def cut_at(backbone: Backbone, image_size: int, index: int) -> Cut | None:
+def cut_at(backbone: Backbone, size: int, index: int) -> Cut | None:
     """One of `cuts_at`; None where the backbone cannot be resumed there."""
-    return cuts_at(backbone, image_size, (index,)).get(index)
+    return cuts_at(backbone, size, (index,)).get(index)
 
 
-def cuts_of(backbone: Backbone, image_size: int) -> dict[int, Cut]:
+def cuts_of(backbone: Backbone, size: int) -> dict[int, Cut]:
     """All of `cuts_at`."""
-    return cuts_at(backbone, image_size, range(1, len(backbone.stages) + 1))
+    return cuts_at(backbone, size, range(1, len(backbone.stages) + 1))
 
 
 @lru_cache(maxsize=4)
-def _known(backbone: Backbone, image_size: int) -> dict[int, Cut | None]:
+def _known(backbone: Backbone, size: int) -> dict[int, Cut | None]:
     """What has been tried so far: None is a cut that failed."""
     return {}
 
 
-def _noise(backbone: Backbone, image_size: int) -> Tensor:
-    images = torch.rand(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    return images.to(next(backbone.module.parameters()))
+def _noise(backbone: Backbone, size: int) -> Tensor:
+    noise, like = backbone.inputs.noise(3, size), next(backbone.module.parameters())
+    return noise.to(like) if noise.is_floating_point() else noise.to(like.device)
 
 
 @torch.no_grad()
@@ -140,7 +142,7 @@ def resume(module: nn.Module, cut: Cut) -> contextlib.ExitStack:
     Activations in the dtype that `emit` gave yield the numbers of the whole network. Gradients reach all that lies after
     the cut; names of parameters and buffers stay; modules before the cut do not run. Closing what is returned undoes it.
     """
-    rest = _Rest(Hole(cut.image_shape, False), cut.overwritten)
+    rest = _Rest(Hole(cut.input_shape, False), cut.overwritten)
     with contextlib.ExitStack() as undo:
         undo.callback(module.register_forward_pre_hook(rest.enter).remove)
         undo.callback(module.register_forward_hook(rest.leave).remove)
@@ -152,12 +154,12 @@ def resume(module: nn.Module, cut: Cut) -> contextlib.ExitStack:
         return undo.pop_all()
 
 
-def leave_at(module: nn.Module, cut: Cut, dtype: torch.dtype | None = None) -> None:
-    """Make `module` end at the cut, in place: it now returns the activation there, averaged over positions, (N, D); rounded
+def leave_at(module: nn.Module, cut: Cut, pool: Pooling, dtype: torch.dtype | None = None) -> None:
+    """Make `module` end at the cut, in place: it now returns the activation there, pooled, (N, D); rounded
     to `dtype` where that is given. What comes after the cut does not run. Do it before `resume`."""
     if cut.module:
         assert "forward" not in vars(module), "the network has a forward of its own already"
-        module.forward = _Trunk(module.forward, module.get_submodule(cut.module), dtype)
+        module.forward = _Trunk(module.forward, module.get_submodule(cut.module), pool, dtype)
 
 
 def run_on(module: nn.Module) -> None:
@@ -170,7 +172,7 @@ def run_on(module: nn.Module) -> None:
 def pooled_cut(cut: Cut) -> Cut:
     """From where a network that was made to end at `cut` is resumed with what it returns: it does nothing more."""
     shape = (pooled_width(cut.shape),)
-    return Cut(cut.index, "", shape, cut.image_shape, Hole(shape, False))
+    return Cut(cut.index, "", shape, cut.input_shape, Hole(shape, False))
 
 
 def round_at(module: nn.Module, cut: Cut, dtype: torch.dtype) -> None:
@@ -232,6 +234,7 @@ class _Trunk:
 
     whole: Callable[[Tensor], Tensor]
     last: nn.Module
+    pool: Pooling
     dtype: torch.dtype | None
     runs_on: bool = False
 
@@ -250,7 +253,7 @@ class _Trunk:
         finally:
             hook.remove()
         (activation,) = caught
-        features = pooled(widened(activation))
+        features = self.pool(widened(activation))
         return features if self.dtype is None else widened(features.to(self.dtype))
 
 

@@ -1,4 +1,4 @@
-"""From `spec.Data` to what a trial trains on: pixels, labels, splits, and the hashes that say which they were."""
+"""From `spec.Data` to what a trial trains on: inputs, labels, splits, and the hashes that say which they were."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import PIL
 import pyarrow as pa
 
 from frostline.files import DataError
-from frostline.pixels import content_hashes, load_pixels
+from frostline.images import DECODE_VERSION, decode, decode_grey
+from frostline.pixels import BYTES, Recipe, content_hashes, load_rows
 from frostline.sources import Source, open_source
 from frostline.spec import Data
 from frostline.splits import SPLITS, joined, split
+from frostline.tokens import Tokenizer, key_of_rows, load_tokenizer, to_ids
 
 __all__ = ["DataError", "Dataset", "at_most", "load_data", "splits_table", "subset"]
 
@@ -31,8 +35,8 @@ _loaded: dict[tuple[Data, int], Dataset] = {}
 class Dataset:
     """N samples in the order of their source; arrays run parallel."""
 
-    pixels: np.ndarray
-    """(N, size, size, 3) uint8 RGB, mapped read-only from the node's cache."""
+    inputs: np.ndarray
+    """(N, size, size, 3) uint8 RGB, or (N, size, 2) int32 ids and types of tokens; mapped read-only from the node's cache."""
     labels: np.ndarray
     """(N,) int64: indices into `classes`."""
     sample_ids: tuple[str, ...]
@@ -43,11 +47,16 @@ class Dataset:
     excluded: tuple[tuple[str, str], ...]
     """(sample id or folder, `kind: detail`) for all that was left out."""
     data_hash: str
-    """16 hex digits over sample id, class and raw content of every sample, in order; the same for every image size."""
+    """16 hex digits over sample id, class and raw content of every sample, in order; the same for every size and tokenizer."""
     split_hash: str
     """16 hex digits over sample id, class, group and split of every sample, and over what was excluded."""
-    pixels_hash: str
-    """16 hex digits over everything that could change `pixels`: contents, size, fit, versions."""
+    inputs_hash: str
+    """16 hex digits over everything that could change `inputs`: contents, size, fit or tokenizer, versions."""
+
+    @property
+    def size(self) -> int:
+        """Of an input: the side in pixels, or the length in tokens."""
+        return self.inputs.shape[1]
 
     def indices(self, split: str) -> np.ndarray:
         """The samples of a split, sorted, int64."""
@@ -56,10 +65,10 @@ class Dataset:
 
 
 def load_data(spec: Data, split_seed: int, *, progress: Callable[[int, int], None] | None = None) -> Dataset:
-    """The dataset of a job, decoded at `spec.image_size` and split by `split_seed`.
+    """The dataset of a job, decoded or tokenised at `spec.size` and split by `split_seed`.
 
     A process that asks again with equal arguments is given the same object without another look at the files; other
-    processes of the node share the decoded pixels. `progress(done, total)` is called while images are decoded.
+    processes of the node share the inputs. `progress(done, total)` is called while these are made.
 
     Raises DataError when the data cannot be used, or, unless `spec.on_bad` is "exclude", when some of it cannot.
     """
@@ -128,7 +137,6 @@ def order_classes(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _load(spec: Data, split_seed: int, progress: Callable[[int, int], None] | None) -> Dataset:
-    assert spec.image_size is not None, "resolve image_size before loading"
     source = open_source(spec)
     problems = list(source.problems)
 
@@ -140,16 +148,8 @@ def _load(spec: Data, split_seed: int, progress: Callable[[int, int], None] | No
     kept = usable(np.arange(len(source.sample_ids)), unreadable)
     contents = np.array([row.tobytes().hex() for row in hashes])
     kept = usable(kept, _crossing(source, kept, contents))
-    pixels = load_pixels(
-        source,
-        kept,
-        hashes,
-        size=spec.image_size,
-        fit=spec.fit,
-        max_pixels=int(spec.max_megapixels * 1_000_000),
-        progress=progress,
-    )
-    kept = usable(kept, pixels.bad)
+    made = load_rows(source, kept, hashes, recipe_of(spec, source), progress)
+    kept = usable(kept, made.bad)
     if problems and spec.on_bad == "error":
         raise DataError(_listing(source.name, problems))
 
@@ -167,7 +167,7 @@ def _load(spec: Data, split_seed: int, progress: Callable[[int, int], None] | No
     sample_ids = tuple(source.sample_ids[i] for i in kept)
     rows = zip(sample_ids, names, groups or [None] * len(names), assigned.tolist(), strict=True)
     return Dataset(
-        pixels=pixels.rows,
+        inputs=made.rows,
         labels=labels,
         sample_ids=sample_ids,
         classes=classes,
@@ -176,8 +176,25 @@ def _load(spec: Data, split_seed: int, progress: Callable[[int, int], None] | No
         excluded=tuple(problems),
         data_hash=_hash_rows(zip(sample_ids, names, contents[kept].tolist(), strict=True)),
         split_hash=_hash_rows([*rows, *((what, None, None, "excluded") for what, _ in problems)]),
-        pixels_hash=pixels.key,
+        inputs_hash=made.key,
     )
+
+
+def recipe_of(spec: Data, source: Source, tokenizer: Tokenizer | None = None) -> Recipe:
+    """How the samples of a source become inputs; texts by this tokenizer, or that which `spec` names."""
+    size = spec.size
+    assert size is not None, "settle the size before loading"
+    if spec.tokenizer is not None:
+        tokenizer, pair = tokenizer or load_tokenizer(spec.tokenizer), spec.pair_column is not None
+        make = to_ids(tokenizer, size, pair=pair)
+        return Recipe("tokens", key_of_rows(tokenizer, size, pair=pair), (size, 2), np.dtype(np.int32), make)
+    fit, max_pixels, grey = spec.fit, int(spec.max_megapixels * 1_000_000), source.grey_shape
+    if grey is not None:
+        make: Callable[[bytes], np.ndarray] = partial(decode_grey, shape=grey, size=size, fit=fit)
+    else:
+        make = partial(decode, size=size, fit=fit, max_pixels=max_pixels)
+    key = [DECODE_VERSION, PIL.__version__, grey, size, fit, max_pixels]
+    return Recipe("pixels", key, (size, size, 3), BYTES, make)
 
 
 def _crossing(source: Source, kept: np.ndarray, contents: np.ndarray) -> dict[int, str]:

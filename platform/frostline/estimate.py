@@ -42,7 +42,7 @@ class Sizes:
     n_test: int
     classes: int
     feature_dim: int
-    pixels_bytes: int
+    inputs_bytes: int
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ def _disk(
         "rows": int(rows + SAMPLE_BYTES * (sizes.n_train + sizes.n_val + sizes.n_test)),
         "predictions": confirmations * sizes.n_test * (4 * sizes.classes + PREDICTION_BYTES),
         "bundle": int(4 * weights) + BUNDLE_BYTES if confirmations else 0,
-        "pixels": sizes.pixels_bytes,
+        "inputs": sizes.inputs_bytes,
     }
 
 

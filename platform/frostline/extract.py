@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from frostline.closedform import pooled, pooled_width
+from frostline.closedform import pooled_width
 from frostline.data import subset
 from frostline.depths import cut_of, end_of
 from frostline.features import EVAL_BATCH, Feed, Origin, chunks, to_rows
@@ -165,7 +165,7 @@ def extract(shard: Shard, feed: Feed, world: World) -> dict[str, Any]:
     for samples in chunks(shard.samples, EVAL_BATCH):
         passed = feed.full_pass(origin, {cut for cut, _ in parts}, samples, shard.view)
         for (cut, mean), rows in parts.items():
-            rows.append(to_rows(pooled(passed[cut]) if mean else passed[cut], origin.dtype))
+            rows.append(to_rows(origin.backbone.inputs.pooled(passed[cut]) if mean else passed[cut], origin.dtype))
     feed.forget_passes()
     store, written = Store(spec.features.path), 0
     for (cut, mean), rows in parts.items():

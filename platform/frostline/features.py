@@ -1,8 +1,8 @@
-"""What a trial is fed: normalised images, or activations at its cut, read from the store or made by a pass that the
+"""What a trial is fed: inputs (normalised images, ids of tokens), or activations at its cut, read from the store or made by a pass that the
 trials of a pack share.
 
 Activations are exact: the frozen prefix is deterministic, and the key under which they are stored covers everything that
-could change them, the view of the image included. So a trial gets the numbers that it would have computed itself.
+could change them, the view of an image included. So a trial gets the numbers that it would have computed itself.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from frostline.backbone import Backbone, Triple
-from frostline.closedform import pooled, pooled_width
+from frostline.backbone import Backbone
+from frostline.closedform import pooled_width
 from frostline.cuts import Cut, cut_at, cuts_at, emit, widened
 from frostline.data import Dataset
 from frostline.spec import Augment, Features
@@ -31,8 +31,8 @@ from frostline.world import mixed
 EVAL_BATCH = 64
 
 Fetch = Callable[[np.ndarray, int], Tensor]
-"""Sample numbers (B,) and the epoch, counted from 1, to what the network is fed, on the device: (B, 3, H, W) images, or
-(B, …) activations at the cut. Epoch 0 asks for the images as they are, as validation and test do."""
+"""Sample numbers (B,) and the epoch, counted from 1, to what the network is fed, on the device: inputs, (B, 3, H, W) or
+(B, 2, T), or (B, …) activations at the cut. Epoch 0 asks for the inputs as they are, as validation and test do."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Origin:
 
     def cuts(self, indices: Collection[int]) -> dict[int, Cut]:
         """The cuts of these indices, ascending, from which the backbone can be resumed; see `cuts_at`."""
-        found = cuts_at(self.backbone, self.dataset.pixels.shape[1], indices)
+        found = cuts_at(self.backbone, self.dataset.size, indices)
         assert found.keys() == set(indices), f"{self.backbone.name} cannot be resumed from all of {sorted(indices)}"
         return found
 
@@ -60,23 +60,22 @@ class Origin:
 
     def rounding(self, index: int) -> Cut | None:
         """The cut at which a live pass rounds its activations, as storing them would; None where that changes nothing."""
-        return rounded_at(self.backbone, self.dataset.pixels.shape[1], index, self.dtype, self.autocast)
+        return rounded_at(self.backbone, self.dataset.size, index, self.dtype, self.autocast)
 
     def about(self, cut: int, view: int | None, *, mean: bool = False) -> dict[str, Any]:
         """Everything that could change an activation, or its `mean` over positions (P12), as JSON values."""
         backbone = self.backbone
-        pool = {"pool": "mean"} if mean and len(self.cut(cut).shape) > 1 else {}
+        pool = {"pool": backbone.inputs.pool} if mean and len(self.cut(cut).shape) > 1 else {}
         return {
             **pool,
             "backbone": backbone.name,
             "source": backbone.source_hash,
             "weights": backbone.weights_hash,
             "stages": backbone.stages_hash,
-            "mean": list(backbone.mean),
-            "std": list(backbone.std),
+            **backbone.inputs.about(),
             "cut": cut,
             "boundary": self.cut(cut).module,
-            "pixels": self.dataset.pixels_hash,
+            "inputs": self.dataset.inputs_hash,
             "view": None if view is None else views_key(self.augment, self.augment_seed, view),
             "dtype": self.dtype,
             "autocast": str(self.autocast) if self.autocast else None,
@@ -92,15 +91,15 @@ class Origin:
         return self.backbone.feature_dim if last else pooled_width(self.cut(end).shape)
 
     def rounded_mean(self, activations: Tensor) -> Tensor:
-        """(N, D) means over positions of (N, …) activations, as they come back from the store."""
-        return widened(pooled(activations).to(getattr(torch, self.dtype)))
+        """(N, D) means over positions of (N, …) activations, or what else the backbone pools, as they come back from the store."""
+        return widened(self.backbone.inputs.pooled(activations).to(getattr(torch, self.dtype)))
 
-    def images(self, samples: np.ndarray, view: int | None) -> Tensor:
-        """(B, 3, H, W) normalised float32 images, channels last in memory."""
-        pixels = self.dataset.pixels[samples]  # (B, H, W, 3) uint8
+    def inputs(self, samples: np.ndarray, view: int | None) -> Tensor:
+        """What the backbone takes: (B, 3, H, W) normalised images, or (B, 2, T) ids and types of tokens."""
+        rows = self.dataset.inputs[samples]
         if view is not None:
-            pixels = augmented(pixels, samples, view, self.augment, self.augment_seed)
-        return normalised(pixels, self.backbone.mean, self.backbone.std, self.device)
+            rows = augmented(rows, samples, view, self.augment, self.augment_seed)
+        return self.backbone.inputs.fed(rows, self.device)
 
     def view(self, epoch: int) -> int | None:
         """The view that an epoch shows; none in epoch 0."""
@@ -114,7 +113,7 @@ class Feed:
     resident_bytes: int = 4 << 30
     """Activations up to this size are held in a GPU's memory; on a CPU they are read from the mapped files."""
     images_forwarded: int = 0
-    """Images that passed through a frozen prefix here, one by one counted."""
+    """Images, or texts, that passed through a frozen prefix here, one by one counted."""
     pass_s: float = 0.0
     """Seconds that these passes took."""
     _modules: dict[tuple[Backbone, torch.device], nn.Module] = field(default_factory=dict)
@@ -130,9 +129,9 @@ class Feed:
             self._modules[place] = on_device(origin.backbone, origin.device)
         return self._modules[place]
 
-    def images(self, origin: Origin) -> Fetch:
-        """Fetch normalised images."""
-        return lambda samples, epoch: origin.images(samples, origin.view(epoch))
+    def inputs(self, origin: Origin) -> Fetch:
+        """Fetch what the backbone takes."""
+        return lambda samples, epoch: origin.inputs(samples, origin.view(epoch))
 
     def activations(
         self, origin: Origin, cut: int, samples: np.ndarray, features: Features, *, mean: bool = False
@@ -209,7 +208,7 @@ class Feed:
         if self._passed[0] != question:
             started = time.perf_counter()
             with mixed(origin.device, origin.autocast):
-                passed = emit(self.module(origin), origin.cuts(cuts).values(), origin.images(samples, view))
+                passed = emit(self.module(origin), origin.cuts(cuts).values(), origin.inputs(samples, view))
             dtype = getattr(torch, origin.dtype)
             self._passed = question, {cut: widened(made.to(dtype)) for cut, made in passed.items()}
             self.images_forwarded += len(samples)
@@ -219,13 +218,6 @@ class Feed:
     def forget_passes(self) -> None:
         """What trials asked of live passes is over with them."""
         self._passed_cuts, self._passed = frozenset(), (None, {})
-
-
-def normalised(pixels: np.ndarray, mean: Triple, std: Triple, device: torch.device) -> Tensor:
-    """(B, H, W, 3) uint8 pixels as (B, 3, H, W) float32 images on the device, channels last in memory."""
-    middle, scale = (255 * torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (mean, std))
-    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
-    return images.to(torch.get_default_dtype()).sub_(middle).div_(scale)
 
 
 def rounded_at(backbone: Backbone, image_size: int, index: int, dtype: str, autocast: torch.dtype | None) -> Cut | None:

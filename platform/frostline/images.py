@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from frostline.samples import BadSample
+
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 DECODE_VERSION = 1  # part of every cache key: raise it whenever the same bytes may come to give other pixels
 
@@ -34,8 +36,8 @@ _ANY_PARSER_ERROR = (  # what Pillow's parsers let out when bytes are broken or 
 _HUSH = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
-class BadImage(ValueError):  # noqa: N818 (it names a state, and reads better so)
-    """One image cannot be used. The message is a short `kind: detail`, without the image's name."""
+class BadImage(BadSample):
+    """One image cannot be used."""
 
 
 def decode(raw: bytes, *, size: int, fit: Fit, max_pixels: int) -> np.ndarray:

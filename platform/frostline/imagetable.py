@@ -53,7 +53,7 @@ def open_table(place: Place, spec: Data, *, labelled: bool = True) -> ImageTable
             if labelled or spec.label_column in schema.names
             else [None] * file.metadata.num_rows,
             groups=_texts(file, spec.group_column, place) if spec.group_column and labelled else None,
-            splits=[_split_name(value, place, strict=labelled) for value in splits] if splits else None,
+            splits=[split_name(value, place, strict=labelled) for value in splits] if splits else None,
             paths=_paths(file, spec.image_column, place),
         )
 
@@ -108,12 +108,13 @@ def _is_below(path: str) -> bool:
 def _texts(file: pq.ParquetFile, column: str, place: Place) -> list[str | None]:
     values = file.read(columns=[column]).column(0)
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-    if not (pa.types.is_integer(kind) or _is_text(kind)):
+    if not (pa.types.is_integer(kind) or is_text(kind)):
         raise DataError(f"{place.name}: column {column!r} holds {kind}; integers or strings are needed")
     return [None if value is None else str(value) for value in values.to_pylist()]
 
 
-def _split_name(value: str | None, place: Place, *, strict: bool) -> str | None:
+def split_name(value: str | None, place: Place, *, strict: bool = True) -> str | None:
+    """One of the three splits. Raises DataError for a word that names none, if `strict`."""
     if strict and value is not None and value.lower() not in SPLIT_NAMES:
         raise DataError(
             f"{place.name}: column 'split' holds {value!r}; allowed are {', '.join(SPLIT_NAMES)} "
@@ -138,16 +139,17 @@ def _paths(file: pq.ParquetFile, column: str, place: Place) -> list[str] | None:
 def _image_kind(kind: pa.DataType) -> Literal["bytes", "path", "struct"] | None:
     if pa.types.is_struct(kind):
         fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-        sound = _is_binary(fields.get("bytes")) and ("path" not in fields or _is_text(fields["path"]))
+        sound = _is_binary(fields.get("bytes")) and ("path" not in fields or is_text(fields["path"]))
         return "struct" if sound else None
-    return "bytes" if _is_binary(kind) else "path" if _is_text(kind) else None
+    return "bytes" if _is_binary(kind) else "path" if is_text(kind) else None
 
 
 def _is_binary(kind: pa.DataType | None) -> bool:
     return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or kind == pa.binary_view())
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from frostline.modality import modality_mistakes
 from frostline.models import Range
 from frostline.spec import (
     DEPTHS,
@@ -96,6 +97,7 @@ def parse_job(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: str
     sound = _sound_part(merged, found) if found else job
     lines += found.values()
     lines += _arm_mistakes(sound, len(merged.get("arms", ()))) if sound else ()
+    lines += modality_mistakes(job) if job else ()
     if job is None or lines:
         assert lines
         count = f"{len(lines)} mistake{'s' * (len(lines) != 1)}"

@@ -20,6 +20,7 @@ from frostline.cuts import Cut, cuts_at, resume
 from frostline.features import EVAL_BATCH, Feed, Fetch, Origin, chunks, on_device
 from frostline.freeze import Applied, Network, apply_plan, compile_plan, fixed_hash
 from frostline.head import build_head
+from frostline.modality import size_key
 from frostline.models import digest
 from frostline.pixels import cache_root
 from frostline.prepare import Prepared
@@ -38,7 +39,7 @@ class CostError(ValueError):
 
 def resumable(prepared: Prepared, cuts: Collection[int]) -> dict[int, Cut]:
     """Those of `cuts` that the backbone can be resumed from."""
-    return cuts_at(prepared.backbone, prepared.dataset.pixels.shape[1], set(cuts) - {0})
+    return cuts_at(prepared.backbone, prepared.dataset.size, set(cuts) - {0})
 
 
 def measure(prepared: Prepared, cuts: Collection[int], batch_size: int, hidden: int) -> StageTimes:
@@ -52,7 +53,7 @@ def measure(prepared: Prepared, cuts: Collection[int], batch_size: int, hidden: 
     batch, cuts = min(batch_size, prepared.n_train), sorted({*cuts, len(backbone.stages)})
     key = digest(
         [
-            *(backbone.name, backbone.stages_hash, backbone.source_hash, job.data.image_size, cuts, batch),
+            *(backbone.name, backbone.stages_hash, backbone.source_hash, prepared.dataset.size, cuts, batch),
             *(hidden, len(prepared.dataset.classes), job.freeze.norm, job.augment.model_dump()),
             *(job.train.precision, job.train.optimizer, job.train.clip_norm is None, job.train.ema is None),
             *(hardware(device), torch.get_num_threads(), versions()["torch"], versions()["frostline"]),
@@ -90,10 +91,10 @@ def _measured(prepared: Prepared, device: torch.device, cuts: Sequence[int], wan
             break
         except torch.OutOfMemoryError as error:
             if len(samples) == 1:
-                where = f"{prepared.backbone.name} at {prepared.job.data.image_size} pixels on {hardware(device)}"
+                where = f"{prepared.backbone.name} at a size of {prepared.dataset.size} on {hardware(device)}"
                 raise CostError(
-                    f"{where}: not even one image at a time fits in memory; freeze more stages in every arm, or set a "
-                    "smaller data.image_size"
+                    f"{where}: not even one {prepared.backbone.inputs.noun} at a time fits in memory; freeze more stages in "
+                    f"every arm, or set a smaller data.{size_key(prepared.backbone.name)}"
                 ) from error
             samples = samples[: len(samples) // 2]
         finally:
@@ -135,7 +136,7 @@ def _filled_in(prepared: Prepared, known: Mapping[int, float], cuts: Sequence[in
     """The seconds at all of `cuts`: between two known ones in proportion to the FLOPs between them."""
     if known.keys() >= set(cuts):
         return {cut: known[cut] for cut in cuts}
-    stages = stage_table(prepared.backbone, prepared.dataset.pixels.shape[1])
+    stages = stage_table(prepared.backbone, prepared.dataset.size)
     before = np.cumsum([0, *(stage.flops for stage in stages)])
     return {cut: float(np.interp(before[cut], before[[*known]], [*known.values()])) for cut in cuts}
 
@@ -195,7 +196,7 @@ def _step_seconds(
 def _fetch(origin: Origin, feed: Feed, cut: int, samples: np.ndarray) -> Fetch:
     """Images, or activations that are there; numbers count the samples, round and round."""
     if not cut:
-        return lambda numbers, _: origin.images(samples[numbers % len(samples)], None)
+        return lambda numbers, _: origin.inputs(samples[numbers % len(samples)], None)
     held = feed.pass_through(origin, {cut}, samples, None)[cut]
     return lambda numbers, _: held[torch.from_numpy(numbers % len(samples)).to(origin.device)]
 
@@ -209,7 +210,7 @@ def _view_seconds(origin: Origin, samples: np.ndarray) -> float:
     """Per image, to make a view of it."""
     if origin.augment.views == 0:
         return 0.0
-    pixels = origin.dataset.pixels[samples]
+    pixels = origin.dataset.inputs[samples]
     view = _best_seconds(lambda: augmented(pixels, samples, 0, origin.augment, 0), torch.device("cpu"))
     return view / len(samples)
 

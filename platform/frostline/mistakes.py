@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,14 +15,18 @@ import pyarrow as pa
 from PIL import Image
 
 from frostline import results
-from frostline.images import BadImage, decode, decode_grey
-from frostline.sources import open_source
+from frostline.images import decode, decode_grey
+from frostline.samples import BadSample
+from frostline.sources import Source, open_source
 from frostline.spec import Data
+from frostline.tokens import texts_of
 
 WORST = 24
 """Samples shown."""
 SIDE = 96
 """Of their pictures, in pixels."""
+EXCERPT = 400
+"""Characters of a text that are shown."""
 
 
 @dataclass(frozen=True)
@@ -78,26 +83,48 @@ def confused(mistakes: Mistakes, most: int) -> list[int]:
     return sorted(np.argsort(-off, kind="stable")[:most].tolist())
 
 
-def pictures(data: Mapping[str, Any], samples: Mapping[str, str]) -> dict[str, bytes]:
-    """Sample id -> a small PNG, of those of these samples (id -> class) that are where a job's `data` section says, and can
-    be read; under another class, a sample is another one.
+def excerpts(data: Mapping[str, Any], samples: Mapping[str, str]) -> dict[str, str]:
+    """Sample id -> the beginning of its text, of those that `pictures` would find; nothing where the data holds images.
 
     Raises DataError and OSError where the data is not there any more.
     """
     spec = Data.model_validate(data)
-    source = open_source(spec)
-    at = [i for i, sample_id in enumerate(source.sample_ids) if samples.get(sample_id) == source.names[i]]
+    if spec.tokenizer is None:
+        return {}
     found = {}
-    for index, read in zip(at, source.read(at), strict=True):
+    for sample_id, raw in _contents(open_source(spec), samples):
+        with suppress(BadSample):
+            found[sample_id] = " / ".join(texts_of(raw, pair=spec.pair_column is not None))[:EXCERPT]
+    return found
+
+
+def pictures(data: Mapping[str, Any], samples: Mapping[str, str]) -> dict[str, bytes]:
+    """Sample id -> a small PNG, of those of these samples (id -> class) that are where a job's `data` section says, and can
+    be read; under another class, a sample is another one. Nothing where the data holds texts.
+
+    Raises DataError and OSError where the data is not there any more.
+    """
+    spec = Data.model_validate(data)
+    if spec.tokenizer is not None:
+        return {}
+    source, found = open_source(spec), {}
+    for sample_id, raw in _contents(source, samples):
         try:
-            raw = read()
             if source.grey_shape:
                 pixels = decode_grey(raw, source.grey_shape, size=SIDE, fit=spec.fit)
             else:
                 pixels = decode(raw, size=SIDE, fit=spec.fit, max_pixels=int(spec.max_megapixels * 1e6))
-        except BadImage:
+        except BadSample:
             continue
         file = BytesIO()
         Image.fromarray(pixels).save(file, "PNG", optimize=True)
-        found[source.sample_ids[index]] = file.getvalue()
+        found[sample_id] = file.getvalue()
     return found
+
+
+def _contents(source: Source, samples: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
+    """Id and raw content of those of these samples (id -> class) that are there and can be read."""
+    at = [i for i, sample_id in enumerate(source.sample_ids) if samples.get(sample_id) == source.names[i]]
+    for index, read in zip(at, source.read(at), strict=True):
+        with suppress(BadSample):
+            yield source.sample_ids[index], read()

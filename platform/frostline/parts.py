@@ -16,27 +16,17 @@ import torch
 from frostline.bundle import Bundle
 from frostline.commit import VERSION
 from frostline.features import EVAL_BATCH
-from frostline.images import BadImage, Fit, decode, decode_grey
 from frostline.metrics import probabilities
-from frostline.pixels import in_threads
+from frostline.pixels import Recipe, in_threads
+from frostline.samples import BadSample
 from frostline.sources import Reader, Source
 
 SCHEMA = b"1"
-PART_BYTES = 32 << 20  # of pixels
+PART_BYTES = 32 << 20  # of inputs
 MOST_IN_PART = 1024
 MOST_IN_BATCH = 1024
 UNREADABLE = pa.schema([("sample_id", pa.string()), ("reason", pa.string())], metadata={VERSION: SCHEMA})
 """Samples that have no prediction, and why."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How pixels are made of what a source reads; small, and the same on every node."""
-
-    size: int
-    fit: Fit
-    max_pixels: int
-    grey_shape: tuple[int, int] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,25 +73,22 @@ def schema_of(classes: Sequence[str], *, features: bool) -> pa.Schema:
     return pa.schema([*columns, *kept], metadata={VERSION: SCHEMA})
 
 
-def parts_of(samples: Sequence[int], size: int) -> list[Sequence[int]]:
-    """Consecutive samples for images of `size` pixels a side: full batches of the usual size, as many as pixels allow."""
-    fitting = PART_BYTES // (3 * size * size * EVAL_BATCH) * EVAL_BATCH
+def parts_of(samples: Sequence[int], row_bytes: int) -> list[Sequence[int]]:
+    """Consecutive samples, each an input of so many bytes: full batches of the usual size, as many as bytes allow."""
+    fitting = PART_BYTES // (row_bytes * EVAL_BATCH) * EVAL_BATCH
     length = min(MOST_IN_PART, max(EVAL_BATCH, fitting))
     return [samples[start : start + length] for start in range(0, len(samples), length)]
 
 
-def decoded(source: Source, samples: Sequence[int], recipe: Recipe) -> Generator[np.ndarray | BadImage]:
-    """(size, size, 3) uint8 of each of these samples (rising), or why there are none; in threads, a little ahead."""
-    return in_threads(partial(_pixels, recipe=recipe), source.read(samples))
+def decoded(source: Source, samples: Sequence[int], recipe: Recipe) -> Generator[np.ndarray | BadSample]:
+    """The input that the recipe makes of each of these samples (rising), or why there is none; in threads, a little ahead."""
+    return in_threads(partial(_row, recipe=recipe), source.read(samples))
 
 
-def _pixels(read: Reader, *, recipe: Recipe) -> np.ndarray | BadImage:
+def _row(read: Reader, *, recipe: Recipe) -> np.ndarray | BadSample:
     try:
-        raw = read()
-        if recipe.grey_shape is not None:
-            return decode_grey(raw, recipe.grey_shape, size=recipe.size, fit=recipe.fit)
-        return decode(raw, size=recipe.size, fit=recipe.fit, max_pixels=recipe.max_pixels)
-    except BadImage as error:
+        return recipe.make(read())
+    except BadSample as error:
         return error
 
 
@@ -109,22 +96,22 @@ def predict_part(
     bundle: Bundle,
     ids: Sequence[str],
     names: Sequence[str | None],
-    images: Iterable[np.ndarray | BadImage],
+    inputs: Iterable[np.ndarray | BadSample],
     *,
     batch: int,
     features: bool,
 ) -> Part:
-    """Rows for samples of these ids and classes, if known. `images` are taken a batch at a time."""
+    """Rows for samples of these ids and classes, if known. `inputs` are taken a batch at a time."""
     bad: list[tuple[str, str]] = []
     good: list[int] = []
     held: list[np.ndarray] = []
     passed: list[tuple[np.ndarray, np.ndarray]] = []
-    for number, image in enumerate(images):
-        if isinstance(image, BadImage):
-            bad.append((ids[number], str(image)))
+    for number, row in enumerate(inputs):
+        if isinstance(row, BadSample):
+            bad.append((ids[number], str(row)))
             continue
         good.append(number)
-        held.append(image)
+        held.append(row)
         if len(held) == batch:
             passed += pass_fitting(bundle, np.stack(held))
             held = []
@@ -148,25 +135,25 @@ def predict_part(
     )
 
 
-def pass_fitting(bundle: Bundle, pixels: np.ndarray, *, fill: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
+def pass_fitting(bundle: Bundle, inputs: np.ndarray, *, fill: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
     """What `Bundle.pass_through` gives, in halves where a GPU's memory does not hold the batch."""
     try:
-        return [bundle.pass_through(pixels, fill=fill)]
+        return [bundle.pass_through(inputs, fill=fill)]
     except torch.OutOfMemoryError:
-        if len(pixels) == 1:
+        if len(inputs) == 1:
             raise
     torch.cuda.empty_cache()
-    middle = len(pixels) // 2
-    return [*pass_fitting(bundle, pixels[:middle]), *pass_fitting(bundle, pixels[middle:])]
+    middle = len(inputs) // 2
+    return [*pass_fitting(bundle, inputs[:middle]), *pass_fitting(bundle, inputs[middle:])]
 
 
-def batch_of(bundle: Bundle) -> int:
-    """How many images a pass takes: on a GPU as many as half of its free memory holds, as one pass has shown, else EVAL_BATCH."""
+def batch_of(bundle: Bundle, recipe: Recipe) -> int:
+    """How many samples a pass takes: on a GPU as many as half of its free memory holds, as one pass has shown, else EVAL_BATCH."""
     if bundle.device.type != "cuda":
         return EVAL_BATCH
     torch.cuda.reset_peak_memory_stats(bundle.device)
     before = torch.cuda.memory_allocated(bundle.device)
-    pass_fitting(bundle, np.zeros((EVAL_BATCH, bundle.size, bundle.size, 3), np.uint8))
+    pass_fitting(bundle, np.zeros((EVAL_BATCH, *recipe.shape), recipe.dtype))
     taken = torch.cuda.max_memory_allocated(bundle.device) - before
     free, _ = torch.cuda.mem_get_info(bundle.device)
     return fitting_batch(taken / EVAL_BATCH, free)

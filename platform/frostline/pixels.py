@@ -1,4 +1,5 @@
-"""Content hashes and decoded pixels, worked out once per node: files in a cache folder that every process maps.
+"""Content hashes and the rows of a dataset (decoded pixels, tokenised texts), worked out once per node: files in a cache folder
+that every process maps.
 
 Each entry is a folder of its own: `lock` lets one process build while others wait, and files are renamed into place when
 they are complete and on disk, so that no reader ever sees a part of one.
@@ -18,31 +19,46 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-import PIL
 
 from frostline.files import DataError
-from frostline.images import DECODE_VERSION, BadImage, Fit, decode, decode_grey
 from frostline.models import digest
+from frostline.samples import BadSample
 from frostline.sources import Reader, Source
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+BYTES = np.dtype(np.uint8)
 
 _CHUNK = 16  # samples that a thread is handed at a time
 _SETTLED_NS = 2_000_000_000  # a file changed this recently may change again and keep its stamp
 
 
 @dataclass(frozen=True, eq=False)
-class Pixels:
+class Recipe:
+    """How the raw content of a sample becomes its row."""
+
+    name: str
+    """Of what the rows are: "pixels" or "tokens"."""
+    key: list[Any]
+    """Everything besides the content that could change a row, as JSON values."""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[bytes], np.ndarray]
+    """Raw content to a row of this shape and type, in any thread. Raises BadSample."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
     rows: np.ndarray
-    """(N, size, size, 3) uint8, mapped read-only: the readable ones of the samples asked for, in their order."""
+    """(N, *shape), mapped read-only: the readable ones of the samples asked for, in their order."""
     bad: dict[int, str]
     """Position among the samples asked for -> why it has no row."""
     key: str
-    """16 hex digits over everything that could change the pixels."""
+    """16 hex digits over everything that could change the rows."""
 
 
 def cache_root() -> Path:
@@ -75,32 +91,28 @@ def content_hashes(source: Source) -> tuple[np.ndarray, dict[int, str]]:
             return hashes, bad
 
 
-def load_pixels(
+def load_rows(
     source: Source,
     indices: np.ndarray,
     hashes: np.ndarray,
-    *,
-    size: int,
-    fit: Fit,
-    max_pixels: int,
+    recipe: Recipe,
     progress: Callable[[int, int], None] | None = None,
-) -> Pixels:
-    """The pixels of the samples `indices` (sorted) of `source`, whose content hashes to `hashes`, (N, 32) for all its samples.
+) -> Rows:
+    """The rows of the samples `indices` (sorted) of `source`, whose content hashes to `hashes`, (N, 32) for all its samples.
 
-    Decoded in threads by the first process that asks, `progress(done, total)` being called in the caller's thread.
+    Made in threads by the first process that asks, `progress(done, total)` being called in the caller's thread.
     Raises DataError when a sample's content is not what was hashed, or the storage of the data or of the cache fails.
     """
     contents = hashlib.sha256(hashes[indices].tobytes()).hexdigest()
-    key = digest([DECODE_VERSION, PIL.__version__, contents, source.grey_shape, size, fit, max_pixels])
-    with _entry("pixels", key) as (folder, lock):
-        found = _opened(folder, key, len(indices), size)
+    key = digest([contents, *recipe.key])
+    with _entry(recipe.name, key) as (folder, lock):
+        found = _opened(folder, key, len(indices), recipe)
         if found is None:
             with lock():
-                found = _opened(folder, key, len(indices), size)
+                found = _opened(folder, key, len(indices), recipe)
                 if found is None:
-                    to_row = partial(_to_row, shape=source.grey_shape, size=size, fit=fit, max_pixels=max_pixels)
-                    _build(folder, source, indices, hashes, size, to_row, progress)
-                    found = _opened(folder, key, len(indices), size)
+                    _build(folder, source, indices, hashes, recipe, progress)
+                    found = _opened(folder, key, len(indices), recipe)
                     assert found is not None, folder
         return found
 
@@ -109,34 +121,30 @@ def _hash(source: Source) -> tuple[np.ndarray, dict[int, str]]:
     hashes = np.zeros((len(source.sample_ids), 32), np.uint8)
     bad = {}
     for i, outcome in enumerate(in_threads(_sha256, source.read(range(len(hashes))))):
-        if isinstance(outcome, BadImage):
+        if isinstance(outcome, BadSample):
             bad[i] = str(outcome)
         else:
             hashes[i] = np.frombuffer(outcome, np.uint8)
     return hashes, bad
 
 
-def _sha256(read: Reader) -> bytes | BadImage:
+def _sha256(read: Reader) -> bytes | BadSample:
     try:
         raw = read()
-    except BadImage as error:
+    except BadSample as error:
         return error
     return hashlib.sha256(raw).digest()
 
 
-def _to_row(
-    item: tuple[Reader, bytes], *, shape: tuple[int, int] | None, size: int, fit: Fit, max_pixels: int
-) -> np.ndarray | BadImage | None:
-    """(size, size, 3) uint8, why there is none, or None when the content is no longer what was hashed."""
+def _to_row(item: tuple[Reader, bytes], make: Callable[[bytes], np.ndarray]) -> np.ndarray | BadSample | None:
+    """A row, why there is none, or None when the content is no longer what was hashed."""
     read, expected = item
     try:
         raw = read()
         if hashlib.sha256(raw).digest() != expected:
             return None
-        if shape is not None:
-            return decode_grey(raw, shape, size=size, fit=fit)
-        return decode(raw, size=size, fit=fit, max_pixels=max_pixels)
-    except BadImage as error:
+        return make(raw)
+    except BadSample as error:
         return error
 
 
@@ -145,8 +153,7 @@ def _build(
     source: Source,
     indices: np.ndarray,
     hashes: np.ndarray,
-    size: int,
-    to_row: Callable[[tuple[Reader, bytes]], np.ndarray | BadImage | None],
+    recipe: Recipe,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     total = len(indices)
@@ -154,56 +161,58 @@ def _build(
 
     def fill(file: BinaryIO) -> None:
         header = partial(np.lib.format.write_array_header_1_0, file)
-        shape = (size, size, 3)
-        header({"descr": "|u1", "fortran_order": False, "shape": (total, *shape)})
+        described = {"descr": np.lib.format.dtype_to_descr(recipe.dtype), "fortran_order": False}
+        header({**described, "shape": (total, *recipe.shape)})
         start = file.tell()
         expected = (hashes[i].tobytes() for i in indices)
         items = zip(source.read(indices.tolist()), expected, strict=True)
-        for position, row in enumerate(in_threads(to_row, items)):
+        for position, row in enumerate(in_threads(partial(_to_row, make=recipe.make), items)):
             if row is None:
                 raise DataError(
                     f"{source.name}: {source.sample_ids[indices[position]]} changed while it was being read; "
                     f"start again once the data is at rest"
                 )
-            if isinstance(row, BadImage):
+            if isinstance(row, BadSample):
                 bad[position] = str(row)
             else:
+                assert (row.shape, row.dtype) == (recipe.shape, recipe.dtype), (row.shape, row.dtype)
                 file.write(row.tobytes())
             if progress is not None:
                 progress(position + 1, total)
         if bad:  # NumPy pads headers so that the first dimension can be written anew
             file.seek(0)
-            header({"descr": "|u1", "fortran_order": False, "shape": (total - len(bad), *shape)})
+            header({**described, "shape": (total - len(bad), *recipe.shape)})
             assert file.tell() == start
 
-    _publish(folder / "pixels.npy", fill)
+    _publish(folder / f"{recipe.name}.npy", fill)
     _publish(folder / "bad.json", lambda file: file.write(json.dumps(list(bad.items())).encode()))
 
 
-def _opened(folder: Path, key: str, total: int, size: int) -> Pixels | None:
+def _opened(folder: Path, key: str, total: int, recipe: Recipe) -> Rows | None:
     """What was published, or None when that is nothing, or not of the right shape and length."""
     try:
         bad = {int(position): str(reason) for position, reason in json.loads((folder / "bad.json").read_text())}
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    rows = _mapped(folder / "pixels.npy", (total - len(bad), size, size, 3))
-    return None if rows is None else Pixels(rows, bad, key)
+    rows = _mapped(folder / f"{recipe.name}.npy", (total - len(bad), *recipe.shape), recipe.dtype)
+    return None if rows is None else Rows(rows, bad, key)
 
 
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype = BYTES) -> np.ndarray | None:
+    size = dtype.itemsize * int(np.prod(shape))
     try:
         with path.open("rb") as file:
             if np.lib.format.read_magic(file) != (1, 0):
                 return None
             header = np.lib.format.read_array_header_1_0(file)
             start = file.tell()
-        if header != (shape, False, np.dtype(np.uint8)) or path.stat().st_size != start + int(np.prod(shape)):
+        if header != (shape, False, dtype) or path.stat().st_size != start + size:
             return None
     except (FileNotFoundError, ValueError):
         return None
     if 0 in shape:  # an empty file cannot be mapped
-        return np.empty(shape, np.uint8)
-    return np.memmap(path, np.uint8, "r", start, shape)
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", start, shape)
 
 
 def _publish(path: Path, fill: Callable[[BinaryIO], object]) -> None:

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from frostline.backbone import stage_table
 from frostline.costs import Choice, StageTimes
 from frostline.estimate import Estimate, Sizes, arm_cuts, cut_choices, estimate, local_slots, mean_bytes, stage_times
+from frostline.inputs import Images
 from frostline.models import Range
 from frostline.pixels import cache_root
 from frostline.prepare import Prepared, prepare
@@ -22,6 +23,8 @@ from frostline.propose import Proposer
 from frostline.spec import Arm, Job
 from frostline.stages import StageCost
 from frostline.text import plain
+
+ONE = {"image": "an image", "text": "a text"}
 
 
 def render_plan(job: Job, console: Console) -> None:
@@ -32,19 +35,18 @@ def render_plan(job: Job, console: Console) -> None:
     with Progress(Console(stderr=True)) as progress:
         prepared = prepare(job, progress.decoding)
     job, dataset, depths = prepared.job, prepared.dataset, len(prepared.backbone.stages)
-    assert job.data.image_size is not None
     share = job.search.trials // max(1, len(job.arms))
     proposers = {name: Proposer(job, name, depths, share) for name in job.arms}  # refuses what a search would refuse
-    stages = stage_table(prepared.backbone, job.data.image_size)
+    noun, stages = prepared.backbone.inputs.noun, stage_table(prepared.backbone, dataset.size)
     sizes = Sizes(
         n_train=prepared.n_train,
         n_val=len(dataset.indices("val")),
         n_test=len(dataset.indices("test")),
         classes=len(dataset.classes),
         feature_dim=prepared.backbone.feature_dim,
-        pixels_bytes=dataset.pixels.nbytes,
+        inputs_bytes=dataset.inputs.nbytes,
     )
-    console.print(_stage_table(stages), "", _facts(_about(prepared, stages, sizes)), sep="\n")
+    console.print(_stage_table(stages, noun), "", _facts(_about(prepared, stages, sizes)), sep="\n")
     for name, arm in job.arms.items():
         title = plain(
             f"arm {name}: {arm.strategy}, {proposers[name].kind} sampler, {share:,} trials" if share else arm.strategy
@@ -57,16 +59,20 @@ def render_plan(job: Job, console: Console) -> None:
     slots = local_slots(job.resources, os.cpu_count() or 1, torch.cuda.device_count())
     found = estimate(job, stages, sizes, times, max(1, slots), stored, mean_bytes(prepared))
     if choices:
-        console.print(_choice_table(choices), "", sep="\n")
-    console.print(_cost_table(found, times.device), "", _facts(_grounds(job, times, found, slots)), sep="\n")
+        console.print(_choice_table(choices, noun), "", sep="\n")
+    console.print(_cost_table(found, times.device, noun), "", _facts(_grounds(job, times, found, slots)), sep="\n")
 
 
-def _stage_table(stages: Sequence[StageCost]) -> Table:
+def _stage_table(stages: Sequence[StageCost], noun: str) -> Table:
     """A line a stage, under the freeze depth that freezes it last."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for name in ("freeze\ndepth", "last\nfrozen stage", "para-\nmeters", "\nshare", "frozen\nshare"):
         table.add_column(name, justify="left" if "stage" in name else "right", overflow="fold")
-    for name in ("MFLOPs\nan image", "\nshare", "KiB an image\nat the cut"):
+    for name in (
+        f"MFLOPs\n{ONE[noun]}",
+        "\nshare",
+        f"KiB {ONE[noun]}\nat the cut",
+    ):
         table.add_column(name, justify="right")
     table.add_row("0", "none", "", "", "0.0%", "", "", "")
     frozen = 0.0
@@ -85,9 +91,18 @@ def _about(prepared: Prepared, stages: Sequence[StageCost], sizes: Sizes) -> Ite
     yield "backbone", f"{backbone.name}, weights {backbone.weights_hash}"
     yield "", f"{sum(stage.parameters for stage in stages):,} parameters, {sizes.feature_dim:,} features"
     yield "data", data.path
-    yield "", f"{sizes.classes:,} classes, images of {data.image_size} x {data.image_size} pixels"
+    yield "", f"{sizes.classes:,} classes, {_inputs(prepared)}"
     counts = f"train {sizes.n_train:,}{drawn}, val {sizes.n_val:,}, test {sizes.n_test:,}"
     yield "", f"{counts}, excluded {len(dataset.excluded):,}"
+
+
+def _inputs(prepared: Prepared) -> str:
+    dataset, inputs = prepared.dataset, prepared.backbone.inputs
+    if isinstance(inputs, Images):
+        return f"images of {dataset.size} x {dataset.size} pixels"
+    full = float((dataset.inputs[:, -1, 0] != inputs.pad).mean())
+    cut = f"; {full:.1%} of them have as many or more, and lose what is beyond" if full else ", which none reaches"
+    return f"texts of up to {dataset.size} tokens{cut}"
 
 
 def _space(job: Job, arm: Arm, stages: int) -> Iterator[tuple[str, str]]:
@@ -105,10 +120,10 @@ def _space(job: Job, arm: Arm, stages: int) -> Iterator[tuple[str, str]]:
             yield path, ", ".join(map(str, entry)) if isinstance(entry, tuple) else f"{entry} (held)"
 
 
-def _choice_table(choices: Sequence[Choice]) -> Table:
+def _choice_table(choices: Sequence[Choice], noun: str) -> Table:
     """A line a cut: whether its activations are stored, what that gains, what it takes, and why."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for name in ("freeze\ndepth", "\nactivations", "\ngain", "KiB an\nimage"):
+    for name in ("freeze\ndepth", "\nactivations", "\ngain", "KiB {}\n{}".format(*ONE[noun].split())):
         table.add_column(name, justify="left" if "activations" in name else "right", no_wrap=True)
     table.add_column("\nwhy", overflow="fold")
     for choice in choices:
@@ -119,15 +134,15 @@ def _choice_table(choices: Sequence[Choice]) -> Table:
     return table
 
 
-def _cost_table(found: Estimate, device: str) -> Table:
+def _cost_table(found: Estimate, device: str, noun: str) -> Table:
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="bold")
     for name in ("", "expected", "at most"):
         table.add_column(name, justify="right" if name else "left")
     table.add_row("trials", *[f"{found.trials:,}"] * 2)
     table.add_row("confirmations", *[f"{found.confirmations:,}"] * 2)
     costs, kind = (found.expected, found.at_most), "CPU" if device == "cpu" else "GPU"
-    table.add_row("images forward", *(f"{cost.images_forward:,.0f}" for cost in costs))
-    table.add_row("images backward", *(f"{cost.images_backward:,.0f}" for cost in costs))
+    table.add_row(f"{noun}s forward", *(f"{cost.images_forward:,.0f}" for cost in costs))
+    table.add_row(f"{noun}s backward", *(f"{cost.images_backward:,.0f}" for cost in costs))
     times = {f"device time ({kind})": [cost.device_s for cost in costs], "wall time": [cost.wall_s for cost in costs]}
     for name, seconds in times.items():
         table.add_row(f"{name}, h:min:s", *(str(timedelta(seconds=round(each))) for each in seconds))
@@ -152,9 +167,9 @@ def _grounds(job: Job, times: StageTimes, found: Estimate, slots: int) -> Iterat
     for key in ("steps", "device_s"):
         if limit := getattr(job.search, key):
             yield "limited", f"arms end at an equal share of search.{key} = {limit:,}; not taken off above"
-    yield "disk", ", ".join(f"{name} {decimal(size)}" for name, size in found.disk.items() if name != "pixels")
+    yield "disk", ", ".join(f"{name} {decimal(size)}" for name, size in found.disk.items() if name != "inputs")
     yield "", f"in {job.folder}, features in {job.features.path}"
-    yield "", f"pixels {decimal(found.disk['pixels'])} in {cache_root()}, there already"
+    yield "", f"inputs {decimal(found.disk['inputs'])} in {cache_root()}, there already"
     yield (
         "left out",
         "starting Ray and its workers, what Ray and the sampler take, and what trials save that train together",

@@ -1,6 +1,6 @@
 """Parts of a prediction on a pool of actors, by Ray Data: tasks read and decode, actors hold the bundle, rows come back here.
 
-A part is one row of the dataset, so that it is never divided: its pixels go from the task to an actor, and its tables to this
+A part is one row of the dataset, so that it is never divided: its inputs go from the task to an actor, and its tables to this
 process, which alone commits. What dies with a worker or a node is done again by Ray; what dies with this process, by the next run.
 """
 
@@ -25,8 +25,9 @@ from ray.exceptions import RayError  # isort: skip
 
 from frostline.bundle import load_bundle
 from frostline.commit import publish_folder, published
-from frostline.images import BadImage
 from frostline.parts import Part, Work, batch_of, decoded, predict_part
+from frostline.pixels import Recipe
+from frostline.samples import BadSample
 from frostline.spec import Resources
 from frostline.world import gpus_of_a_trial
 
@@ -38,21 +39,21 @@ class PoolError(RuntimeError):
 class PartPredictor:
     """An actor: the bundle, loaded once, and parts that pass through it."""
 
-    def __init__(self, files: list[Any], batch: int | None, features: bool) -> None:
+    def __init__(self, files: list[Any], batch: int | None, features: bool, recipe: Recipe) -> None:
         """`files` is a list of one reference to the bundle's files, name -> content."""
         with tempfile.TemporaryDirectory(prefix="frostline-bundle-") as folder:
             publish_folder(Path(folder) / "bundle", ray.get(files[0]))
             self.bundle = load_bundle(Path(folder) / "bundle")
-        self.batch = batch or batch_of(self.bundle)
-        self.features = features
+        self.batch = batch or batch_of(self.bundle, recipe)
+        self.features, self.shape, self.dtype = features, recipe.shape, recipe.dtype
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A part's pixels to its tables."""
-        about, size = json.loads(row["about"]), self.bundle.size
-        pixels = iter(np.frombuffer(row["pixels"], np.uint8).reshape(-1, size, size, 3))
+        """A part's inputs to its tables."""
+        about = json.loads(row["about"])
+        made = iter(np.frombuffer(row["inputs"], self.dtype).reshape(-1, *self.shape))
         bad = {int(position): reason for position, reason in about["bad"].items()}
-        images = (BadImage(bad[position]) if position in bad else next(pixels) for position in range(len(about["ids"])))
-        part = predict_part(self.bundle, about["ids"], about["names"], images, batch=self.batch, features=self.features)
+        inputs = (BadSample(bad[position]) if position in bad else next(made) for position in range(len(about["ids"])))
+        part = predict_part(self.bundle, about["ids"], about["names"], inputs, batch=self.batch, features=self.features)
         return {
             "part": row["part"],
             "predictions": _to_bytes(part.predictions),
@@ -90,7 +91,7 @@ def predict_on_ray(
             .map(_read_part, fn_args=([held],), num_cpus=1)  # pyright: ignore[reportArgumentType]
             .map(
                 PartPredictor,  # pyright: ignore[reportArgumentType] (as the documentation has it)
-                fn_constructor_args=([sent], work.batch, work.features),
+                fn_constructor_args=([sent], work.batch, work.features, work.recipe),
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(places, len(todo)))),
                 num_cpus=resources.threads,
                 num_gpus=gpus,
@@ -110,17 +111,17 @@ def predict_on_ray(
 
 
 def _read_part(row: dict[str, Any], held: list[Any]) -> dict[str, Any]:
-    """A part's number to its pixels, ids and classes, and what could not be read."""
+    """A part's number to its inputs, ids and classes, and what could not be read."""
     work, number = _work(held[0]), int(row["part"])
     bad: dict[int, str] = {}
-    pixels: list[bytes] = []
-    for position, image in enumerate(decoded(work.source, work.parts[number], work.recipe)):
-        if isinstance(image, BadImage):
-            bad[position] = str(image)
+    inputs: list[bytes] = []
+    for position, made in enumerate(decoded(work.source, work.parts[number], work.recipe)):
+        if isinstance(made, BadSample):
+            bad[position] = str(made)
         else:
-            pixels.append(image.tobytes())
+            inputs.append(made.tobytes())
     about = {"ids": work.ids(number), "names": work.names(number), "bad": bad}
-    return {"part": number, "pixels": b"".join(pixels), "about": json.dumps(about)}
+    return {"part": number, "inputs": b"".join(inputs), "about": json.dumps(about)}
 
 
 @lru_cache(maxsize=2)

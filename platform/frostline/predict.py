@@ -10,6 +10,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -25,12 +26,12 @@ from rich.console import Console
 
 from frostline.bundle import Bundle, load_bundle
 from frostline.commit import Lease, clean, commit_part, committed_parts, local_folder, read_table, write_file
-from frostline.data import load_data
+from frostline.data import load_data, recipe_of
 from frostline.files import DataError
 from frostline.jobfile import parse_job
 from frostline.metrics import scores_of
 from frostline.models import digest
-from frostline.parts import UNREADABLE, Part, Recipe, Work, batch_of, decoded, parts_of, predict_part, schema_of
+from frostline.parts import UNREADABLE, Part, Work, batch_of, decoded, parts_of, predict_part, schema_of
 from frostline.progress import Progress
 from frostline.progress import duration as clock
 from frostline.sources import Source, open_source
@@ -40,7 +41,10 @@ Split = Literal["train", "val", "test"]
 
 RECORD = "predictions"
 RAY_SECONDS = 60.0
-OWN = ("image_column", "label_column", "max_megapixels")  # keys of `data` that need not be those of training
+OWN = {  # keys of `data` that need not be those of training
+    "image": ("image_column", "label_column", "max_megapixels"),
+    "text": ("text_column", "pair_column", "label_column"),
+}
 
 
 class PredictError(RuntimeError):
@@ -89,9 +93,10 @@ def predict_data(
     source = open_source(spec, labelled=False)
     samples = range(len(source.sample_ids)) if split is None else _in_split(loaded, spec, source, split)
     if not samples:
-        raise DataError(f"{source.name} holds no images" + (f" in {split}" if split else ""))
-    recipe = Recipe(loaded.size, loaded.fit, int(spec.max_megapixels * 1_000_000), source.grey_shape)
-    work = Work(source, parts_of(samples, loaded.size), recipe, features, batch)
+        raise DataError(f"{source.name} holds no {loaded.inputs.noun}s" + (f" in {split}" if split else ""))
+    recipe = recipe_of(spec, source, loaded.tokenizer)
+    row_bytes = math.prod(recipe.shape) * recipe.dtype.itemsize
+    work = Work(source, parts_of(samples, row_bytes), recipe, features, batch)
     folder = local_folder(out)
     with Lease.take(folder, {"predicts": source.name}), Progress(console or Console(stderr=True)) as progress:
         _claim(folder, loaded, work)
@@ -134,7 +139,7 @@ def _here(
     """Predict parts in this process, until it shows that Ray would pay; answers those that are left."""
     if not todo:
         return []
-    batch, places = work.batch or batch_of(bundle), places_here(bundle)
+    batch, places = work.batch or batch_of(bundle, work.recipe), places_here(bundle)
     ahead = decoded(work.source, list(chain.from_iterable(work.parts[number] for number in todo)), work.recipe)
     with contextlib.closing(ahead):
         started, passed = time.monotonic(), 0
@@ -146,7 +151,7 @@ def _here(
             rest = todo[at + 1 :]
             left = sum(len(work.parts[other]) for other in rest)
             if worth_ray(left, passed / (time.monotonic() - started), places):
-                progress.tell(f"{left:,} images are left: starting Ray")
+                progress.tell(f"{left:,} samples are left: starting Ray")
                 return rest
     return []
 
@@ -155,13 +160,15 @@ def _data(bundle: Bundle, path: str, overrides: Sequence[str]) -> Data:
     """The bundle's own data section, at another path. Raises ValueError for keys that must be those of training."""
     for override in overrides:
         key = override.partition("=")[0].strip().removeprefix("data.")
-        if key not in OWN:
+        if key not in (own := OWN[bundle.inputs.noun]):
             raise ValueError(
-                f"{override!r}: of the data section a prediction takes {', '.join(f'data.{own}' for own in OWN)}; the rest is "
+                f"{override!r}: of the data section a prediction takes {', '.join(f'data.{each}' for each in own)}; the rest is "
                 "the bundle's"
             )
     base = bundle.spec.data.model_dump(mode="json", exclude={"group_column", "per_class"})
-    return parse_job({"name": "predict", "data": {**base, "path": path}}, overrides, source="predict").data
+    known = {key: value for key, value in base.items() if value is not None}
+    raw = {"name": "predict", "data": {**known, "path": path}, "backbone": {"name": bundle.spec.backbone.name}}
+    return parse_job(raw, overrides, source="predict").data
 
 
 def _in_split(bundle: Bundle, spec: Data, source: Source, split: Split) -> Sequence[int]:
@@ -220,7 +227,7 @@ def _telling(progress: Progress, work: Work, done: set[int]) -> Callable[[int], 
         passed += len(work.parts[number])
         rate = passed / (time.monotonic() - started)
         left = clock((total - before - passed) / rate)
-        progress.tell(f"{before + passed:,} of {total:,} images predicted, {rate:,.0f} a second, about {left} left")
+        progress.tell(f"{before + passed:,} of {total:,} samples predicted, {rate:,.0f} a second, about {left} left")
 
     return tell
 
@@ -270,7 +277,7 @@ def _as_csv(bad: Iterable[tuple[str, str]]) -> bytes:
 
 def lines(summary: Summary) -> Iterator[str]:
     """A summary for people."""
-    yield f"{summary.predicted:,} of {summary.samples:,} images predicted: {summary.folder / RECORD}"
+    yield f"{summary.predicted:,} of {summary.samples:,} samples predicted: {summary.folder / RECORD}"
     if summary.unreadable:
         kinds = ", ".join(f"{count:,} x {kind}" for kind, count in summary.reasons.items())
         yield f"{summary.unreadable:,} could not be read ({kinds}): {summary.folder / 'unreadable.csv'}"
@@ -278,7 +285,7 @@ def lines(summary: Summary) -> Iterator[str]:
         name, count = next(iter(summary.foreign.items()))
         others = len(summary.foreign) - 1
         more = f" and {others} other{'s' * (others > 1)}" if others else ""
-        yield f"no classes of this bundle, so not scored: {name!r} ({count:,} images){more}"
+        yield f"no classes of this bundle, so not scored: {name!r} ({count:,} samples){more}"
     if summary.scores:
         scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in summary.scores.items())
-        yield f"on {summary.labelled:,} labelled images: {scores}"
+        yield f"on {summary.labelled:,} labelled samples: {scores}"

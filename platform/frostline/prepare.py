@@ -9,12 +9,16 @@ from typing import Any
 
 from frostline.backbone import Backbone, BackboneError, load_backbone
 from frostline.cuts import cuts_at, cuts_of
-from frostline.data import Dataset, load_data, subset
+from frostline.data import DataError, Dataset, load_data, subset
 from frostline.depths import depth_of, end_of
 from frostline.files import locate
+from frostline.inputs import Images
+from frostline.modality import PREFIX, modality_mistakes
 from frostline.propose import distributions, entries_of
 from frostline.seeds import derive_seed
-from frostline.spec import Head, Job
+from frostline.sources import NAMES
+from frostline.spec import Data, Head, Job
+from frostline.tokens import load_tokenizer
 from frostline.versions import versions
 from frostline.world import find_device, hardware
 
@@ -33,6 +37,7 @@ class Prepared:
         """What is recorded beside the job, as JSON values."""
         return {
             "image_size": self.job.data.image_size,
+            "max_tokens": self.job.data.max_tokens,
             "classes": list(self.dataset.classes),
             "n_train": self.n_train,
             "n_val": len(self.dataset.indices("val")),
@@ -55,16 +60,36 @@ def prepare(job: Job, progress: Callable[[int, int], None] | None = None) -> Pre
     Raises DataError, BackboneError or SpaceError, all of them ValueErrors.
     """
     job = _with_absolute_paths(job)
+    if mistakes := [*modality_mistakes(job)]:  # of a job that was put together from another's parts
+        raise DataError("; ".join(mistakes))
     backbone = load_backbone(job.backbone, image_size=job.data.image_size)
-    data = job.data.model_copy(update={"image_size": job.data.image_size or backbone.image_size})
+    data = settled(job, backbone)
     job = job.model_copy(update={"data": data})
     dataset = load_data(data, derive_seed(job.seed, "split"), progress=progress)
     train = subset(dataset, data.per_class, derive_seed(job.seed, "subset"))
     depth_of(job.freeze, len(backbone.stages))
     check_scratch(job)
     check_live_norms(job)
-    check_heads(job, backbone, dataset.pixels.shape[1])
+    check_heads(job, backbone, dataset.size)
     return Prepared(job, backbone, dataset, len(train))
+
+
+def settled(job: Job, backbone: Backbone) -> Data:
+    """The job's data section with its size, and of texts the tokenizer, as the backbone has them where the job says nothing.
+    Raises DataError where the backbone cannot take what they make."""
+    data, inputs = job.data, backbone.inputs
+    if isinstance(inputs, Images):
+        return data.model_copy(update={"image_size": data.image_size or backbone.size})
+    size, name = data.max_tokens or backbone.size, data.tokenizer or job.backbone.name
+    if size > inputs.longest:
+        raise DataError(f"data.max_tokens = {size}: {backbone.name} takes at most {inputs.longest} tokens")
+    tokenizer = load_tokenizer(name)
+    if tokenizer.vocabulary > inputs.vocabulary or tokenizer.pad_id != inputs.pad:
+        raise DataError(
+            f"data.tokenizer = {name!r} has {tokenizer.vocabulary:,} ids and pads with {tokenizer.pad_id}, and {backbone.name} "
+            f"has {inputs.vocabulary:,} and pads with {inputs.pad}: leave it out, or name the encoder's own"
+        )
+    return data.model_copy(update={"max_tokens": size, "tokenizer": name})
 
 
 def check_scratch(job: Job) -> None:
@@ -109,8 +134,11 @@ def check_heads(job: Job, backbone: Backbone, image_size: int) -> None:
 def _with_absolute_paths(job: Job) -> Job:
     """Trials may run in another working directory."""
     data, backbone = job.data, job.backbone
-    if data.path not in ("digits", "fashion-mnist") and "://" not in data.path:
+    if data.path not in NAMES and "://" not in data.path:
         data = data.model_copy(update={"path": str(Path(data.path).expanduser().absolute())})
+    if data.tokenizer is not None:
+        data = data.model_copy(update={"tokenizer": _absolute_encoder(data.tokenizer)})
+    backbone = backbone.model_copy(update={"name": _absolute_encoder(backbone.name)})
     if backbone.weights not in ("pretrained", "random"):
         backbone = backbone.model_copy(update={"weights": str(Path(backbone.weights).expanduser().absolute())})
     features = job.features
@@ -122,3 +150,9 @@ def _with_absolute_paths(job: Job) -> Job:
         features = features.model_copy(update={"path": str(Path(features.path).expanduser().absolute())})
     folders = {"data": data, "backbone": backbone, "features": features, "results": str(job.folder.absolute())}
     return job.model_copy(update=folders)
+
+
+def _absolute_encoder(name: str) -> str:
+    """A text encoder's name with the path of its folder, where that is what it names, made absolute."""
+    folder = Path(name.removeprefix(PREFIX)).expanduser()
+    return f"{PREFIX}{folder.absolute()}" if name.startswith(PREFIX) and folder.is_dir() else name

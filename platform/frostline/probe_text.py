@@ -58,11 +58,11 @@ def _about(candidate: Candidate, probed: Probed) -> Iterator[str]:
     end = candidate.places[-1]
     yield (
         f"weights {candidate.weights} ({candidate.weights_hash}), {count(end.parameters)} parameters, "
-        f"{candidate.image_size} x {candidate.image_size} pixels"
+        + (f"{candidate.size} x {candidate.size} pixels" if probed.inputs == "images" else f"{candidate.size} tokens")
     )
     yield (
-        f"{probed.n_train:,} train and {probed.n_val:,} val images of {probed.classes:,} classes; "
-        f"{candidate.images_passed:,} images passed it now; {duration(candidate.seconds)}"
+        f"{probed.n_train:,} train and {probed.n_val:,} val {probed.inputs} of {probed.classes:,} classes; "
+        f"{candidate.images_passed:,} {probed.inputs} passed it now; {duration(candidate.seconds)}"
     )
 
 

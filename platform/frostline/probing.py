@@ -88,6 +88,7 @@ def probe_backbones(
         n_train=len(train),
         n_val=len(dataset.indices("val")),
         classes=len(dataset.classes),
+        inputs=f"{first.backbone.inputs.noun}s",
         folds=len(folds),
         no_folds=why,
         candidates=tuple(found),
@@ -116,7 +117,7 @@ def folds_of(dataset: Dataset, train: np.ndarray, seed: int) -> tuple[list[tuple
     labels = dataset.labels[train]
     least = int(np.bincount(labels, minlength=len(dataset.classes)).min())
     if least < 2:
-        return [], "a class has fewer than 2 train images, so that none can be left out"
+        return [], "a class has fewer than 2 train samples, so that none can be left out"
     folds = min(FOLDS, least)
     if dataset.groups is None:
         parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
@@ -127,7 +128,7 @@ def folds_of(dataset: Dataset, train: np.ndarray, seed: int) -> tuple[list[tuple
         parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, groups)
     found = [(fit, held) for fit, held in parts if len(held)]
     if any(len(np.unique(labels[fit])) < len(dataset.classes) for fit, _ in found):
-        return [], "a class has all its train images in so few groups that leaving one out leaves none"
+        return [], "a class has all its train samples in so few groups that leaving one out leaves none"
     return found, None
 
 
@@ -154,7 +155,7 @@ def probe_backbone(
             lambda root, keys: held.enter_context(Store(root).hold(keys)),
         )
         if images := sum(len(shard.samples) for shard in lacking.shards):
-            say(f"{backbone.name}: {images:,} images through {len(backbone.stages)} stages")
+            say(f"{backbone.name}: {images:,} {backbone.inputs.noun}s through {len(backbone.stages)} stages")
         for shard in lacking.shards:
             extract(shard, feed, world)
         places = []
@@ -165,7 +166,7 @@ def probe_backbone(
         backbone=backbone.name,
         weights=spec.backbone.weights,
         weights_hash=backbone.weights_hash,
-        image_size=origin.dataset.pixels.shape[1],
+        size=origin.dataset.size,
         stages=len(backbone.stages),
         images_passed=feed.images_forwarded,
         seconds=time.perf_counter() - started,

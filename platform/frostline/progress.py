@@ -50,8 +50,8 @@ class Progress:
                 self.console.print(Text(line(snapshot)), soft_wrap=True)
 
     def decoding(self, done: int, total: int) -> None:
-        """Show how many images have been read."""
-        self.tell(f"reading images: {done:,} of {total:,}")
+        """Show how many inputs have been read."""
+        self.tell(f"reading the data: {done:,} of {total:,}")
 
     def tell(self, text: str) -> None:
         """Show what is being done; in a log, at most every `every_s` seconds."""
@@ -120,8 +120,8 @@ def epochs(training: Training) -> str:
 
 
 def extraction(snapshot: Snapshot) -> str:
-    """How far the images are whose activations are being stored."""
-    return f"{snapshot.extracted:,} of {snapshot.to_extract:,} images through frozen stages"
+    """How far the samples are whose activations are being stored."""
+    return f"{snapshot.extracted:,} of {snapshot.to_extract:,} samples through frozen stages"
 
 
 def score(trial: Finished) -> str:

@@ -469,7 +469,7 @@ def _summary(found: Mapping[str, Any], study: Path) -> Iterable[str]:
     cost = found["cost"]
     spent = f"device time: {duration(cost['trials_s'] + cost['extractions_s'])}"
     if cost["images_extracted"]:
-        spent += f", of which {duration(cost['extractions_s'])} for {cost['images_extracted']:,} images through frozen stages"
+        spent += f", of which {duration(cost['extractions_s'])} for {cost['images_extracted']:,} samples through frozen stages"
     yield spent
     yield f"the trials one by one, nothing stored or shared: about {duration(cost['alone_s'])}"
     yield f"study: {study}"

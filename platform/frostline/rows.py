@@ -132,7 +132,7 @@ class Cost:
         scoring = sum(record.eval_seconds for record in records)
         trained = len(records) * row["n_train"]
         scored = len(records) * row["n_val"] + row.get("n_test", 0)
-        live = row["inputs"] == "images"
+        live = row["inputs"] != "features"
         deep = sum(record.images for record in records if plan.phases[record.phase].stages)
         return {
             "seconds": time.perf_counter() - self.started,

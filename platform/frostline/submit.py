@@ -26,6 +26,7 @@ from typing import Any
 
 from frostline.extras import extra
 from frostline.jobfile import as_toml
+from frostline.modality import PREFIX
 from frostline.rayenv import TOKEN_HINT, ClusterError, settings
 from frostline.spec import Job
 from frostline.versions import VERSION
@@ -39,7 +40,7 @@ QUIET_LOGGERS = (
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
-SHIPPED_DATA = ("digits", "fashion-mnist")
+SHIPPED_DATA = ("digits", "fashion-mnist", "fortunes")
 
 
 class SubmissionError(ValueError):
@@ -131,6 +132,10 @@ def check_arms_and_paths(job: Job) -> None:
             f'data.path = "{job.data.path}": data are not sent along; give an absolute path that every node sees, or a URI '
             "(s3://…)"
         )
+    for key, name in (("backbone.name", job.backbone.name), ("data.tokenizer", job.data.tokenizer or "")):
+        folder = name.removeprefix(PREFIX)
+        if name.startswith(PREFIX) and not _is_absolute(folder) and Path(folder).is_dir():
+            lines.append(f'{key} = "{name}": encoders are not sent along; give an absolute path that every node sees')
     if job.features.path and not _is_absolute(job.features.path):
         lines.append(
             f'features.path = "{job.features.path}": give an absolute path that every node sees, or a URI (s3://…)'

@@ -1,7 +1,9 @@
-"""Small real parts for tests: a convolutional backbone, an image folder, a job. Import it from anywhere."""
+"""Small real parts for tests: a convolutional backbone, an image folder, a job; a text encoder, a table of texts, a job of these.
+Import it from anywhere."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,68 @@ def image_folder(root: Path, classes: Sequence[str] = ("bars", "discs"), per_cla
             pixels[shape] += np.array([180, 60 * (number % 3), 20 * (number % 7)])
             Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index:03}.png")
     return root
+
+
+WORDS = {
+    "harbour": ("ship", "anchor", "tide", "sail", "gull"),
+    "kitchen": ("bread", "oven", "salt", "spoon", "apple"),
+    "garden": ("seed", "rain", "spade", "rose", "worm"),
+}
+SHARED = ("the", "a", "and", "is", "was", "old", "small", "near", "with", "never")
+
+
+def text_encoder(root: Path, **config: Any) -> str:
+    """Write the folder of a random BERT of three layers and 16 features, with a tokenizer that knows the words of `text_rows`;
+    answers its name as a backbone. Needs the extra `text`."""
+    import tokenizers
+    import transformers
+    from tokenizers.processors import TemplateProcessing
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *SHARED, *(word for own in WORDS.values() for word in own)]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.add_special_tokens(words[:4])
+    tokenizer.post_processor = TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    root.mkdir(parents=True)
+    tokenizer.save(str(root / "tokenizer.json"))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    kept = {"vocab_size": len(words), "max_position_embeddings": 64, **sizes, **config}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        transformers.BertModel(transformers.BertConfig(**kept)).save_pretrained(root)
+    return f"text/{root}"
+
+
+def text_rows(per_class: int = 20, seed: int = 0) -> list[dict[str, str]]:
+    """Texts of 2 to 12 words of three classes, each with at least one word of its own, no two alike."""
+    rng = np.random.default_rng(seed)
+    rows: dict[str, str] = {}
+    for name, own in WORDS.items():
+        while sum(label == name for label in rows.values()) < per_class:
+            words = [*rng.choice(own, rng.integers(1, 4)), *rng.choice(SHARED, rng.integers(1, 10))]
+            rows[" ".join(rng.permutation(words).tolist())] = name
+    return [{"text": text, "label": label} for text, label in rows.items()]
+
+
+def text_table(path: Path, per_class: int = 20, seed: int = 0) -> Path:
+    """Write `text_rows` as JSON Lines."""
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in text_rows(per_class, seed)))
+    return path
+
+
+def text_job(results: Path, overrides: Sequence[str] = (), **sections: Any) -> Job:
+    """`toy_job` on texts: its encoder and data are written beside the study."""
+    folder, table = results.parent / "encoder", results.parent / "texts.jsonl"
+    if not folder.is_dir():
+        text_encoder(folder)
+        text_table(table)
+    data = {"path": str(table), "per_class": 10, "max_tokens": 16}
+    texts = {"data": data, "backbone": {"name": f"text/{folder}"}, "train": {"epochs": 3, "batch_size": 16}}
+    return toy_job(results, overrides, **{**texts, **sections})
 
 
 def toy_job(results: Path, overrides: Sequence[str] = (), **sections: Any) -> Job:

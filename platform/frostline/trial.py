@@ -85,12 +85,15 @@ def trial_steps(
     phases = apply_plan(plan, network, backbone)
     applied = whole(phases)
     row |= describe_network(network, applied, backbone, plan, config.train)
-    row |= {"inputs": "features" if spec.cached else "images", "precision": "bf16" if origin.autocast else "fp32"}
+    row |= {
+        "inputs": "features" if spec.cached else f"{backbone.inputs.noun}s",
+        "precision": "bf16" if origin.autocast else "fp32",
+    }
     row["node"] = ", ".join(sorted({*gathered(world, world.node)}))
     feed_in(network.backbone, plan, origin, cached=spec.cached)
 
     def batches(samples: np.ndarray) -> Batches:
-        read = feed.images(origin)
+        read = feed.inputs(origin)
         if spec.cached:
             read = feed.activations(origin, plan.cut, samples, spec.features, mean=plan.only_head)
         return Batches(read, samples, torch.from_numpy(dataset.labels[samples]).to(world.device))
@@ -188,7 +191,8 @@ def feed_in(backbone: nn.Module, plan: Plan, origin: Origin, *, cached: bool) ->
         return
     dtype, rounding = getattr(torch, origin.dtype), origin.rounding(plan.cut)
     if plan.end < len(origin.backbone.stages):
-        leave_at(backbone, origin.cut(plan.end), dtype if rounding and plan.only_head else None)
+        pool = origin.backbone.inputs.pooled
+        leave_at(backbone, origin.cut(plan.end), pool, dtype if rounding and plan.only_head else None)
     if cached:
         resume(backbone, origin.cut(plan.cut))
     elif rounding:

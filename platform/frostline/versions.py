@@ -10,7 +10,19 @@ from pathlib import Path
 
 VERSION = "0.1.0"
 """Of Frostline: kept here, as a cluster is sent the source and not the installed package."""
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "ray", "optuna", "pyarrow", "pillow", "scikit-learn")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "ray",
+    "optuna",
+    "pyarrow",
+    "pillow",
+    "scikit-learn",
+)
 VERSIONED = ("torch", "torchvision", "timm")  # what computes activations
 
 
