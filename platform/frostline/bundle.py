@@ -7,7 +7,7 @@ preprocessing, scores, hashes, versions) and `README.md` (a model card). Nothing
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import torch as safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from frostline.adapters import adapt
 from frostline.backbone import Backbone, load_backbone
@@ -139,12 +139,19 @@ class Bundle:
     def pass_through(self, pixels: np.ndarray, *, fill: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """(N, C) logits and the (N, D) features that the head is given, of (N, size, size, 3) uint8 pixels, in one batch, `filled`
         unless told not to."""
+        (logits,), features = self.pass_heads(pixels, [self.network.head], fill=fill)
+        return logits, features
+
+    def pass_heads(
+        self, pixels: np.ndarray, heads: Sequence[nn.Module], *, fill: bool
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """`pass_through` with the logits of each of these heads, which stand on the same features."""
         shown, count = self.about["preprocessing"], len(pixels)
         with _as_in_a_trial(self.threads), torch.no_grad(), mixed(self.device, self.autocast):
             images = normalised(pixels, tuple(shown["mean"]), tuple(shown["std"]), self.device)
             features = self.network.backbone(filled(images) if fill else images)
-            logits = self.network.head(features)
-            return widened(logits)[:count].cpu().numpy(), widened(features)[:count].cpu().numpy()
+            logits = [widened(head(features))[:count].cpu().numpy() for head in heads]
+            return logits, widened(features)[:count].cpu().numpy()
 
 
 def bundle_files(
