@@ -220,18 +220,20 @@ def is_loopback(host: str) -> bool:
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket of our own there. Raises ServeError."""
+    if not 0 <= port <= 65535:
+        raise ServeError(f"--port {port}: there are 1 to 65535, and 0 for any that is free")
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise ServeError(f"--host {host} --port {port}: no such place ({error})") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(place)
         listener.listen(1024)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
-        why = getattr(error, "strerror", None) or error
+        why = error.strerror or error
         raise ServeError(f"--host {host} --port {port} cannot be listened at: {why}; give another --port") from None
     return listener
 
