@@ -83,7 +83,7 @@ async def contents_of(content_type: str, body: bytes, given: Input, limits: Limi
         found = [body]
     if len(found) > limits.images:
         raise Refused(
-            413,
+            422,
             f"{len(found):,} images",
             f"a request takes {limits.images} at most",
             "send them in several requests, or predict a folder with `frostline predict`",

@@ -18,9 +18,9 @@ _REFUSALS = {
     "404": "no such route or bundle",
     "405": "the path takes another method",
     "408": "the body came too slowly",
-    "413": "too many bytes or images",
+    "413": "too many bytes",
     "415": "a content type or encoding that is not read",
-    "422": "an image or JSON value that cannot be used",
+    "422": "an image or JSON value that cannot be used, or too many of them",
     "429": "too many requests at a time",
     "503": "no answer in time, or not ready",
 }
