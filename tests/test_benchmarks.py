@@ -18,7 +18,7 @@ SMALL = {
     "store": ("--rounds", "1"),
 }
 """How to run in small what has no --quick."""
-EQUAL = {"depth_search", "extraction", "head_search", "live_augmentation", "store", "time_to_score"}
+EQUAL = {"depth_search", "extraction", "head_search", "live_augmentation", "serving", "store", "time_to_score"}
 """Those whose sides must end with the same numbers."""
 
 
@@ -43,6 +43,8 @@ def exact(line: dict[str, Any]) -> None:
             assert counts == {"trials": 18, "extracted": 200, "images": 200}
         case "live_augmentation":
             assert counts == {"trials": 8, "passes_together": 299, "passes_one_by_one": 8 * 2 * (60 + 179)}
+        case "serving":
+            assert counts == {"requests": 200, "connections": 32}
         case "overhead":
             assert (counts["trials"], counts["theirs_trials"]) == (300, 30)
 
