@@ -14,12 +14,11 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -33,12 +32,13 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import frostline
+from frostline.batches import Batches
 from frostline.bundle import load_bundle
 from frostline.cli import main
 from frostline.intake import IMAGE, Limits
-from frostline.serve import Replica, ServeError, ask_all, grouped, is_loopback, listen, named, read_token
+from frostline.serve import Asks, Replica, ServeError, ask_all, grouped, is_loopback, listen, named, read_token
 from frostline.testing import toy_job
-from frostline.trunks import Batches, trunk_of
+from frostline.trunks import trunk_of
 from frostline.web import LOOPBACK, OPEN, Door, Served, app_of, predictions
 
 pytestmark = pytest.mark.filterwarnings(
@@ -98,16 +98,20 @@ class InProcess:
     """A replica's code as a handle of it, without Ray."""
 
     def __init__(self, bundles: dict[str, Path]) -> None:
-        self.replica = Replica(lambda: {name: load_bundle(path) for name, path in bundles.items()}, 64)
-        self.asked: list[tuple[str, ...]] = []
-        self.predict = self.ready = self
+        self.replica = Replica(lambda: {name: load_bundle(path) for name, path in bundles.items()})
+        self.asked: list[tuple[int, list[str]]] = []
+        self.predict = self
 
-    async def remote(self, images: list[bytes] | None = None, names: tuple[str, ...] = ()) -> Any:
-        """`predict`, or `ready`."""
-        if images is None:
-            return True
-        self.asked.append(names)
+    async def remote(self, images: list[bytes], names: list[str]) -> Any:
+        """`predict`."""
+        self.asked.append((len(images), names))
         return await self.replica.predict(images, names)
+
+
+def asks_of(bundles: dict[str, Path]) -> list[Asks]:
+    """Their trunks, in this process."""
+    groups = grouped({name: load_bundle(path) for name, path in bundles.items()})
+    return [Asks.of(names, InProcess({name: bundles[name] for name in names}), 1, 64) for names in groups]
 
 
 SMALL = Limits(body_bytes=200_000, images=8)
@@ -118,13 +122,12 @@ def client_of(
 ) -> TestClient:
     """A client of the routes, whose replicas are in this process."""
     loaded = {name: load_bundle(path) for name, path in bundles.items()}
-    asks = {tuple(names): InProcess({name: bundles[name] for name in names}) for names in grouped(loaded)}
     served = {name: Served(bundle.classes, IMAGE) for name, bundle in loaded.items()}
 
     async def ready() -> bool:
         return True
 
-    ask = replaced.get("ask", partial(ask_all, asks))
+    ask = replaced.get("ask", partial(ask_all, asks_of(bundles)))
     app = app_of(served, ask, replaced.get("ready", ready), door=door or Door(), limits=limits)
     return TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
 
@@ -145,12 +148,9 @@ def test_bundles_that_differ_in_their_heads_only_share_a_trunk(bundles: dict[str
     assert grouped(loaded) == [["linear", "wide"], ["tuned"]]
     trunk = trunk_of({name: loaded[name] for name in ("linear", "wide")})
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
-    both = trunk.logits([(each, ("wide", "linear")) for each in pixels])
+    both = trunk.logits(pixels, ("wide", "linear"))
     for name in ("linear", "wide"):
-        np.testing.assert_array_equal([each[name] for each in both], loaded[name].pass_through(pixels, fill=False)[0])
-    mixed = trunk.logits([(pixels[0], ("wide",)), (pixels[1], ("linear",)), (pixels[2], ())])
-    assert [sorted(each) for each in mixed] == [["wide"], ["linear"], []]
-    np.testing.assert_array_equal(mixed[0]["wide"], both[0]["wide"])
+        np.testing.assert_array_equal(both[name], loaded[name].pass_through(pixels, fill=False)[0])
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -177,10 +177,29 @@ def test_a_request_gets_the_bundles_own_probabilities_to_the_bit(
 
 
 def test_a_request_to_all_bundles_asks_each_trunk_once(bundles: dict[str, Path]) -> None:
-    loaded = {name: load_bundle(path) for name, path in bundles.items()}
-    asks = {tuple(names): InProcess({name: bundles[name] for name in names}) for names in grouped(loaded)}
+    asks = asks_of(bundles)
     asyncio.run(ask_all(asks, [encoded(0)], tuple(bundles)))
-    assert [each.asked for each in asks.values()] == [[("linear", "wide")], [("tuned",)]]
+    assert [each.handle.asked for each in asks] == [[(1, ["linear", "wide"])], [(1, ["tuned"])]]
+
+
+def test_requests_for_several_bundles_share_batches_and_a_bad_image_is_its_own_requests(
+    bundles: dict[str, Path],
+) -> None:
+    asks = asks_of({name: bundles[name] for name in ("linear", "wide")})
+
+    async def together() -> list[Any]:
+        names = [("linear",), ("wide",), ("wide", "linear"), ("linear",), ("wide",)]
+        bodies = [[encoded(0)], [encoded(1), b"x"], [encoded(2)], [encoded(3), encoded(0)], [b""]]
+        return await asyncio.gather(*(ask_all(asks, *each) for each in zip(bodies, names, strict=True)))
+
+    first, bad, both, two, empty = asyncio.run(together())
+    assert asks[0].handle.asked == [(1, ["linear"]), (2, ["wide"]), (4, ["linear", "wide"])]
+    assert (list(bad[0]), list(empty[0])) == ([1], [0])
+    assert list(both[1]) == ["wide", "linear"]
+    for name, seeds, (why, logits) in (("linear", [0], first), ("wide", [2], both), ("linear", [3, 0], two)):
+        assert not why
+        expected = load_bundle(bundles[name]).predict([encoded(seed) for seed in seeds], batch_size=1)
+        np.testing.assert_allclose(logits[name], expected.logits, atol=TOLERANCE)
 
 
 def test_top_k_is_how_many_classes_are_told(client: TestClient) -> None:
@@ -406,21 +425,23 @@ def test_openapi_lists_every_route(client: TestClient) -> None:
 
 def test_batches_take_all_that_wait_and_nobody_waits_for_a_batch() -> None:
     seen: list[list[int]] = []
-    free = threading.Event()
-
-    def work(items: list[int]) -> list[int]:
-        seen.append(list(items))
-        free.wait(10)
-        if 13 in items:
-            raise ValueError("unlucky")
-        return [item * item for item in items]
 
     async def ask() -> list[Any]:
-        batches = Batches(work, 4, ThreadPoolExecutor(1))
+        free = asyncio.Event()
+
+        async def work(items: Sequence[int]) -> list[int]:
+            seen.append(list(items))
+            await free.wait()
+            if 13 in items:
+                raise ValueError("unlucky")
+            return [item * item for item in items]
+
+        batches = Batches(work, 4, calls=1)
         first = asyncio.create_task(batches([1]))
-        await asyncio.sleep(0.05)
         others = [asyncio.create_task(batches(each)) for each in ([2, 3], [4], [5, 6], [13], [])]
         gone = asyncio.create_task(batches([7]))
+        await asyncio.sleep(0)
+        assert seen == []
         await asyncio.sleep(0)
         gone.cancel()
         free.set()

@@ -16,8 +16,10 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +36,29 @@ from ray.serve.config import ProxyLocation  # isort: skip
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException  # isort: skip
 from ray.serve.schema import LoggingConfig  # isort: skip
 
+from frostline.batches import Batches
 from frostline.bundle import Bundle, load_bundle
 from frostline.commit import publish_folder, published
 from frostline.features import EVAL_BATCH
 from frostline.images import BadImage
 from frostline.intake import IMAGE, Limits, Refused
 from frostline.text import plain
-from frostline.trunks import Batches, trunk_id, trunk_of
+from frostline.trunks import trunk_id, trunk_of
 from frostline.web import LOOPBACK, Asked, Door, Served, app_of
 from frostline.world import gpus_of_a_trial
 
 ATTEMPTS = 3
 """At a request whose replica dies under it: another one answers, or the same when it is back."""
+CALLS = 2
+"""Of each replica at a time: a batch that passes, and one that is sent and decoded meanwhile."""
 TOKEN_VARIABLE = "FROSTLINE_SERVE_TOKEN"
 TOKEN_LENGTH = 16
 CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 """Ray Serve's actor and namespace, there while it runs on a cluster."""
+
+
+Wanted = tuple[bytes, tuple[str, ...]]
+"""An encoded image, and the bundles that are asked of it."""
 
 
 class ServeError(ValueError):
@@ -57,25 +66,26 @@ class ServeError(ValueError):
 
 
 class Replica:
-    """An actor: bundles on one trunk, loaded once, and batches of images that pass through it."""
+    """An actor: bundles on one trunk, loaded once, and batches of images that are decoded and pass through it."""
 
-    def __init__(self, opened: Callable[[], dict[str, Bundle]], most: int) -> None:
-        """`opened` gives the bundles by name; `most` is how many images a pass takes."""
+    def __init__(self, opened: Callable[[], dict[str, Bundle]]) -> None:
+        """`opened` gives the bundles by name."""
         bundles = opened()
         self.trunk = trunk_of(bundles)
         self.decoders = ThreadPoolExecutor(os.cpu_count() or 1, "frostline-decode")
-        self.batches = Batches(self.trunk.logits, most, ThreadPoolExecutor(1, "frostline-pass"))
+        self.passes = ThreadPoolExecutor(1, "frostline-pass")
         size = self.trunk.bundle.size
-        self.trunk.logits([(np.zeros((size, size, 3), np.uint8), tuple(bundles))])  # the first pass takes longer
+        self.trunk.logits(np.zeros((1, size, size, 3), np.uint8), tuple(bundles))  # the first pass takes longer
 
-    async def predict(self, images: Sequence[bytes], names: tuple[str, ...]) -> Asked:
-        """What these bundles say of encoded images."""
+    async def predict(self, images: Sequence[bytes], names: Sequence[str]) -> Asked:
+        """What these bundles say of encoded images: why some cannot be used, and the logits of the others."""
         loop = asyncio.get_running_loop()
         pixels = await asyncio.gather(*(loop.run_in_executor(self.decoders, self._pixels, raw) for raw in images))
-        if bad := {number: str(each) for number, each in enumerate(pixels) if isinstance(each, BadImage)}:
+        bad = {number: str(each) for number, each in enumerate(pixels) if isinstance(each, BadImage)}
+        good = [each for each in pixels if not isinstance(each, BadImage)]
+        if not good:
             return bad, {}
-        found = await self.batches([(each, names) for each in pixels])
-        return {}, {name: np.stack([each[name] for each in found]) for name in names}
+        return bad, await loop.run_in_executor(self.passes, self.trunk.logits, np.stack(good), names)
 
     async def ready(self) -> bool:
         """Whether it answers."""
@@ -247,8 +257,8 @@ def _serving(
     most: int,
     *,
     stays: bool,
-) -> Iterator[dict[tuple[str, ...], Any]]:
-    """Replicas that are ready, as an application of Ray Serve a trunk: names of its bundles -> handle. They end with the block, and
+) -> Iterator[list[Asks]]:
+    """Replicas that are ready, as an application of Ray Serve a trunk. They end with the block, and
     Serve too unless it was there before; where the cluster does not stay they end with that."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     there = _is_running()
@@ -257,14 +267,14 @@ def _serving(
     serve.start(proxy_location=ProxyLocation.Disabled, logging_config=LoggingConfig(log_level="ERROR"))
     started: list[str] = []
     try:
-        asks: dict[tuple[str, ...], Any] = {}
+        asks: list[Asks] = []
         for names, need in needs.items():
             files = {name: ray.put(_files(folders[name])) for name in names}
             deployment: Any = serve.deployment(
                 name="replica",
                 num_replicas=replicas,
                 ray_actor_options={"num_cpus": need["CPU"] / replicas, "num_gpus": need["GPU"] / replicas},
-                max_ongoing_requests=max(100, 4 * most),
+                max_ongoing_requests=4 * CALLS,
                 health_check_period_s=2,
                 health_check_timeout_s=60,
                 graceful_shutdown_wait_loop_s=0.5,
@@ -272,48 +282,8 @@ def _serving(
                 logging_config=LoggingConfig(log_level="ERROR", enable_access_log=False),
             )(Replica)
             started.append(f"frostline-{os.getpid()}-{'-'.join(names)}"[:200])
-            asks[names] = serve.run(
-                deployment.bind(partial(_received, files), most), name=started[-1], route_prefix=None
-            )
-        yield asks
-    except RuntimeError as error:
-        if "serve" not in type(error).__module__ and "Deploying app" not in str(error):
-            raise
-        raise ServeError(f"Ray Serve could not start the replicas: {str(error).strip().splitlines()[-1]}") from error
-    finally:
-        if stays and there:
-            for name in started:
-                with contextlib.suppress(RayServeException):
-                    serve.delete(name)
-        elif stays:
-            serve.shutdown()
-
-
-def _is_running() -> bool:
-    try:
-        ray.get_actor(*CONTROLLER)
-    except ValueError:
-        return False
-    return True
-
-
-def _needs(bundle: Bundle, replicas: int) -> dict[str, float]:
-    """CPUs and GPUs of a trunk's replicas: each takes what a trial's passes took."""
-    resources = bundle.spec.resources
-    gpus = gpus_of_a_trial(resources, ray.cluster_resources().get("GPU", 0))
-    return {"CPU": float(resources.threads * replicas), "GPU": gpus * replicas}
-
-
-def _check_room(needs: Mapping[tuple[str, ...], Mapping[str, float]]) -> None:
-    """Raises ServeError where replicas would wait for ever."""
-    there = ray.cluster_resources()
-    for kind in ("CPU", "GPU"):
-        needed = sum(need[kind] for need in needs.values())
-        if needed > there.get(kind, 0):
-            raise ServeError(
-                f"the replicas take {needed:g} {kind}s (each as many as its trial: resources.threads, resources.gpus), and there are "
-                f"{there.get(kind, 0):g}; give fewer --replicas or bundles, or the --address of a larger cluster"
-            )
+            handle = 
+            asks.append(Asks.of(names, handle, replicas, most))
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -330,35 +300,55 @@ def _received(files: Mapping[str, Any]) -> dict[str, Bundle]:
     return bundles
 
 
-async def ask_all(asks: Mapping[tuple[str, ...], Any], images: Sequence[bytes], names: tuple[str, ...]) -> Asked:
+@dataclass(frozen=True)
+class Asks:
+    """A trunk's replicas, as the web server asks them: what came for any of its bundles goes to them in batches."""
+
+    names: tuple[str, ...]
+    handle: Any
+    batches: Batches[Wanted, str | dict[str, np.ndarray]]
+
+    @classmethod
+    def of(cls, names: Sequence[str], handle: Any, replicas: int, most: int) -> Asks:
+        """Each replica has a batch under way and one at hand."""
+        return cls(tuple(names), handle, Batches(partial(_ask, handle), most, CALLS * replicas))
+
+
+async def ask_all(asks: Sequence[Asks], images: Sequence[bytes], names: Sequence[str]) -> Asked:
     """What bundles say of images; each trunk is asked once for all of its bundles among them. Raises Refused."""
-    wanted = [(handle, tuple(name for name in group if name in names)) for group, handle in asks.items()]
-    told = await asyncio.gather(*(_ask(handle, images, some) for handle, some in wanted if some))
-    bad = {number: why for each, _ in told for number, why in each.items()}
-    return bad, {name: logits for _, each in told for name, logits in each.items()}
+    wanted = [(each, tuple(name for name in each.names if name in names)) for each in asks]
+    told = await asyncio.gather(*(each.batches([(raw, some) for raw in images]) for each, some in wanted if some))
+    bad = {number: said for each in told for number, said in enumerate(each) if isinstance(said, str)}
+    if bad:
+        return bad, {}
+    rows = [dict(chain.from_iterable(each.items() for each in image)) for image in zip(*told, strict=True)]
+    return {}, {name: np.stack([each[name] for each in rows]) for name in names}
 
 
-async def _ask(handle: Any, images: Sequence[bytes], names: tuple[str, ...]) -> Asked:
+async def _ask(handle: Any, items: Sequence[Wanted]) -> list[str | dict[str, np.ndarray]]:
+    """Of each image why it cannot be used, or name of a bundle -> (C,) logits. Raises Refused."""
+    names = sorted({name for _, wanted in items for name in wanted})
     for _ in range(ATTEMPTS):
         try:
-            return await handle.predict.remote(list(images), names)
+            bad, logits = await handle.predict.remote([raw for raw, _ in items], names)
         except RayTaskError:
             raise
         except (RayActorError, DeploymentUnavailableError, BackPressureError):
             continue
-    raise Refused(
-        503,
-        "no replica",
-        f"{ATTEMPTS} have ended while they answered",
-        "ask again in some seconds",
-        {"Retry-After": "10"},
-    )
+        rows = iter(range(len(items)))
+        row_of = {number: next(rows) for number in range(len(items)) if number not in bad}
+        return [
+            {name: logits[name][row_of[number]] for name in wanted} if number in row_of else bad[number]
+            for number, (_, wanted) in enumerate(items)
+        ]
+    why = f"{ATTEMPTS} have ended while they answered"
+    raise Refused(503, "no replica", why, "ask again in some seconds", {"Retry-After": "10"})
 
 
-async def all_ready(asks: Mapping[tuple[str, ...], Any]) -> bool:
+async def all_ready(asks: Sequence[Asks]) -> bool:
     """Whether a replica of every trunk answers within some seconds."""
     try:
         async with asyncio.timeout(5):
-            return all(await asyncio.gather(*(handle.ready.remote() for handle in asks.values())))
+            return all(await asyncio.gather(*(each.handle.ready.remote() for each in asks)))
     except (TimeoutError, RayActorError, DeploymentUnavailableError, BackPressureError):
         return False

@@ -33,8 +33,8 @@ OPEN = ("/", "/healthz", "/readyz")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 Asked = tuple[dict[int, str], dict[str, np.ndarray]]
-"""Number of an image -> why it cannot be used; and, where there are none, name of a bundle -> (N, C) logits."""
-Ask = Callable[[Sequence[bytes], tuple[str, ...]], Awaitable[Asked]]
+"""Number of an image -> why it cannot be used; and name of a bundle -> (N, C) logits of the others."""
+Ask = Callable[[Sequence[bytes], Sequence[str]], Awaitable[Asked]]
 """Encoded images, and the bundles that are asked. Raises Refused."""
 
 
