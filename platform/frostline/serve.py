@@ -282,8 +282,47 @@ def _serving(
                 logging_config=LoggingConfig(log_level="ERROR", enable_access_log=False),
             )(Replica)
             started.append(f"frostline-{os.getpid()}-{'-'.join(names)}"[:200])
-            handle = 
+            handle = serve.run(deployment.bind(partial(_received, files)), name=started[-1], route_prefix=None)
             asks.append(Asks.of(names, handle, replicas, most))
+        yield asks
+    except RuntimeError as error:
+        if "serve" not in type(error).__module__ and "Deploying app" not in str(error):
+            raise
+        raise ServeError(f"Ray Serve could not start the replicas: {str(error).strip().splitlines()[-1]}") from error
+    finally:
+        if stays and there:
+            for name in started:
+                with contextlib.suppress(RayServeException):
+                    serve.delete(name)
+        elif stays:
+            serve.shutdown()
+
+
+def _is_running() -> bool:
+    try:
+        ray.get_actor(*CONTROLLER)
+    except ValueError:
+        return False
+    return True
+
+
+def _needs(bundle: Bundle, replicas: int) -> dict[str, float]:
+    """CPUs and GPUs of a trunk's replicas: each takes what a trial's passes took."""
+    resources = bundle.spec.resources
+    gpus = gpus_of_a_trial(resources, ray.cluster_resources().get("GPU", 0))
+    return {"CPU": float(resources.threads * replicas), "GPU": gpus * replicas}
+
+
+def _check_room(needs: Mapping[tuple[str, ...], Mapping[str, float]]) -> None:
+    """Raises ServeError where replicas would wait for ever."""
+    there = ray.cluster_resources()
+    for kind in ("CPU", "GPU"):
+        needed = sum(need[kind] for need in needs.values())
+        if needed > there.get(kind, 0):
+            raise ServeError(
+                f"the replicas take {needed:g} {kind}s (each as many as its trial: resources.threads, resources.gpus), and there are "
+                f"{there.get(kind, 0):g}; give fewer --replicas or bundles, or the --address of a larger cluster"
+            )
 
 
 def _files(folder: Path) -> dict[str, bytes]:
