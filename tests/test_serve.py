@@ -32,6 +32,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import frostline
+from _head import ray_head
 from frostline.batches import Batches
 from frostline.bundle import load_bundle
 from frostline.cli import main
@@ -683,3 +684,43 @@ def test_a_real_server(server: Server, bundles: dict[str, Path]) -> None:
     assert said.splitlines()[-1] == "frostline: no longer serving"
     assert TOKEN not in said
     assert "Traceback" not in said
+
+
+ACTORS = """
+import sys, ray
+from ray import serve
+ray.init("auto", log_to_driver=False, logging_level="error")
+if sys.argv[1] == "start":
+    serve.start(proxy_location="Disabled")
+print("found", sorted(each["name"] for each in ray.util.list_named_actors(all_namespaces=True)))
+"""
+
+
+@pytest.mark.slow
+def test_on_a_cluster_that_is_there_with_and_without_a_serve_of_its_own(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    """Whose nodes have another frostline: the replicas run this one."""
+    with ray_head(tmp_path) as head:
+
+        def actors(what: str) -> str:
+            command = [sys.executable, "-c", ACTORS, what]
+            env = head.env | {"RAY_ADDRESS": head.address}
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            return re.findall(r"^found (.*)$", done.stdout, re.MULTILINE)[-1]
+
+        for what, left in (("look", "[]"), ("start", "['SERVE_CONTROLLER_ACTOR']")):
+            assert actors(what) == left
+            server = Server(tmp_path, f"tuned={bundles['tuned']}", "--address", head.address, **head.env)
+            try:
+                status, text = server.ask("/tuned/predict?top_k=10", encoded(0))
+                assert status == 200, text
+                bundle = load_bundle(bundles["tuned"])
+                (found,) = json.loads(text)["predictions"]
+                given = bundle.predict([encoded(0)]).probabilities[0]
+                np.testing.assert_array_equal(shares(found, bundle.classes), given)
+            finally:
+                ended = server.end(signal.SIGINT)
+            assert ended == 130, server.log.read_text()
+            assert actors("look") == left

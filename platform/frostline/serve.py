@@ -258,8 +258,8 @@ def _serving(
     *,
     stays: bool,
 ) -> Iterator[list[Asks]]:
-    """Replicas that are ready, as an application of Ray Serve a trunk. They end with the block, and
-    Serve too unless it was there before; where the cluster does not stay they end with that."""
+    """Replicas that are ready, as an application of Ray Serve a trunk. They end with the block, and Serve too unless it was there
+    before; where the cluster does not stay, all end with that. Raises ServeError."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     there = _is_running()
     needs = {tuple(names): _needs(bundles[names[0]], replicas) for names in groups}
@@ -275,6 +275,7 @@ def _serving(
                 num_replicas=replicas,
                 ray_actor_options={"num_cpus": need["CPU"] / replicas, "num_gpus": need["GPU"] / replicas},
                 max_ongoing_requests=4 * CALLS,
+                max_constructor_retry_count=2,
                 health_check_period_s=2,
                 health_check_timeout_s=60,
                 graceful_shutdown_wait_loop_s=0.5,
