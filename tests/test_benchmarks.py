@@ -18,7 +18,16 @@ SMALL = {
     "store": ("--rounds", "1"),
 }
 """How to run in small what has no --quick."""
-EQUAL = {"depth_search", "extraction", "head_search", "live_augmentation", "serving", "store", "time_to_score"}
+EQUAL = {
+    "depth_search",
+    "extraction",
+    "head_search",
+    "live_augmentation",
+    "predict",
+    "serving",
+    "store",
+    "time_to_score",
+}
 """Those whose sides must end with the same numbers."""
 
 
@@ -41,6 +50,8 @@ def exact(line: dict[str, Any]) -> None:
             assert (line["second"]["passes"], line["second"]["cuts"]) == (0, [1, 2, 3])
         case "depth_search":
             assert counts == {"trials": 18, "extracted": 200, "images": 200}
+        case "predict":
+            assert counts == {"images": 640, "parts": 1, "batch": 64}
         case "live_augmentation":
             assert counts == {"trials": 8, "passes_together": 299, "passes_one_by_one": 8 * 2 * (60 + 179)}
         case "serving":

@@ -11,12 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 import frostline
 from frostline import results
 from frostline.bundle import BundleError, load_bundle
 from frostline.commit import publish_folder, verify_folder
+from frostline.features import Feed
+from frostline.images import BadImage
 from frostline.testing import toy_job
+from frostline.trial import run_trial
+from frostline.world import World
 
 READ = """
 import sys, numpy as np, torch
@@ -67,6 +73,54 @@ def predicted_of(study: Path) -> np.ndarray:
     trial = load_bundle(study / "bundle").spec.trial_id
     rows = [row for row in results.read_predictions(study).to_pylist() if row["trial_id"] == trial]
     return np.array([row["probabilities"] for row in rows], np.float32)
+
+
+def test_images_come_in_many_forms(study: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(study / "bundle")
+    grey = np.random.default_rng(0).integers(0, 256, (20, 30), np.uint8)
+    image = Image.fromarray(grey)
+    image.save(tmp_path / "one.png")
+    raw = (tmp_path / "one.png").read_bytes()
+    forms = [str(tmp_path / "one.png"), tmp_path / "one.png", raw, image, grey, np.stack([grey] * 3, axis=2)]
+    found = bundle.predict(forms)
+    np.testing.assert_array_equal(found.logits, found.logits[:1].repeat(len(forms), axis=0))
+    assert found.probabilities.sum(axis=1) == pytest.approx(np.ones(len(forms)), abs=1e-6)
+    assert bundle.predict([]).probabilities.shape == (0, 10)
+    many = bundle.predict([grey] * 65)
+    np.testing.assert_array_equal(many.logits[64], many.logits[0])
+
+
+def test_an_image_that_cannot_be_used_is_named(study: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(study / "bundle")
+    for image, said in (
+        (tmp_path / "missing.png", f"{tmp_path / 'missing.png'}: missing"),
+        (b"nothing", "image 0: not an image"),
+        (np.zeros((4, 4, 3)), r"image 0: an array \[4, 4, 3\] of float64"),
+    ):
+        with pytest.raises(BadImage, match=said):
+            bundle.predict([image])
+
+
+def test_its_card_is_one_for_the_hub(study: Path) -> None:
+    text = (study / "bundle" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    card = yaml.safe_load(front)
+    about = json.loads((study / "bundle" / "bundle.json").read_text())
+    assert card["library_name"] == "frostline"
+    assert card["base_model"] == about["spec"]["backbone"]["name"]
+    (result,) = card["model-index"][0]["results"]
+    scores = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert scores == {name: round(about["scores"][f"test_{name}"], 6) for name in card["metrics"]}
+    assert f"| test | {about['scores']['n_test']} |" in body
+    assert "frostline predict bundle digits --split test" in body
+
+
+def test_its_training_can_be_run_again(study: Path) -> None:
+    bundle = load_bundle(study / "bundle")
+    spec = bundle.spec.model_copy(update={"cached": False, "start_stored": False})
+    outcome = run_trial(spec, feed=Feed(), world=World.here(spec.resources), report=lambda _: True)
+    again = np.array([row["probabilities"] for row in outcome.predictions])
+    np.testing.assert_allclose(again, predicted_of(study), atol=1e-5)
 
 
 def test_the_bundle_is_the_best_confirmation_by_validation(study: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from frostline import features as module
 from frostline.data import load_data, subset
 from frostline.extract import extract, survey
-from frostline.features import EVAL_BATCH, Feed, Origin, chunks, from_rows, to_rows
+from frostline.features import EVAL_BATCH, Feed, Origin, chunks, filled, from_rows, to_rows
 from frostline.prepare import prepare
 from frostline.shards import FeatureError
 from frostline.spec import TrialSpec, configure, search_seeds, trial_of
@@ -269,3 +269,13 @@ def test_a_gpu_holds_what_fits_and_reads_the_rest(tmp_path: Path) -> None:
     for half in halves:
         room.activations(origin, 3, half, spec.features)(half[:3], 1)
     assert [samples for _, samples in room._resident] == [halves[1].tobytes()], "what was used longest ago has gone"
+
+
+def test_a_full_batch_gives_each_row_the_same_bits_and_keeps_its_layout() -> None:
+    images = torch.rand(5, 8, 8, 3).permute(0, 3, 1, 2)
+    whole = filled(images)
+    assert whole.shape == (EVAL_BATCH, 3, 8, 8)
+    assert torch.equal(whole[:5], images)
+    assert torch.equal(whole[60:], images[:4])
+    assert whole.is_contiguous(memory_format=torch.channels_last)
+    assert filled(whole) is whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -45,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data's own, as it starts
 def test_a_pool_gives_the_rows_of_this_process_though_workers_die(
     bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,11 +63,11 @@ def test_a_pool_gives_the_rows_of_this_process_though_workers_die(
             if len(committed_parts(out, "predictions")) < 3 + len(killed):
                 continue
             for process in psutil.Process().children(recursive=True):
-                with_name = " ".join(process.cmdline()[:1])
-                if with_name.startswith("ray::") and "Map" in with_name and process.pid not in killed:
-                    os.kill(process.pid, signal.SIGKILL)
-                    killed.append(process.pid)
-                    break
+                with contextlib.suppress(psutil.Error):
+                    if process.pid not in killed and "".join(process.cmdline()[:1]).startswith("ray::MapWorker"):
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed.append(process.pid)
+                        break
 
     commit = predict.commit_part
 
@@ -74,22 +76,11 @@ def test_a_pool_gives_the_rows_of_this_process_though_workers_die(
         time.sleep(0.3)
 
     monkeypatch.setattr(predict, "commit_part", slowly)
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     there = predict_data(bundle, str(folder), out, features=True, console=Console(file=io.StringIO()))
-    killer.join()
+    killer.join(1)
     assert killed
     assert (there.predicted, there.unreadable, there.scores) == (997, 3, here.scores)
     assert pq.read_table(out / "predictions").equals(pq.read_table(tmp_path / "here" / "predictions"))
     assert (out / "unreadable.csv").read_text() == (tmp_path / "here" / "unreadable.csv").read_text()
-
-
-@pytest.mark.slow
-def test_a_mistake_on_a_worker_is_told_as_one_here(
-    bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parts, "MOST_IN_PART", 64)
-    monkeypatch.setattr(predict, "worth_ray", lambda *_, **__: True)
-    with pytest.raises(ConnectionError, match="no Ray cluster answers at"):
-        predict_data(bundle, str(folder), tmp_path / "out", address="127.0.0.1:9", console=Console(file=io.StringIO()))
-    assert committed_parts(tmp_path / "out", "predictions") == []

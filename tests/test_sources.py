@@ -263,3 +263,28 @@ def test_parquet_splits_by_column_or_by_file_name(tmp_path):
     write("column/e.parquet")
     with pytest.raises(DataError, match="some of its Parquet files say which split their rows are in, some do not"):
         opened(tmp_path / "column")
+
+
+def test_what_need_not_be_labelled(tmp_path: Path) -> None:
+    def unlabelled(path: Path) -> Source:
+        return open_source(Data(path=str(path)), labelled=False)
+
+    for name in ("cat/1.png", "2.png", "train/dog/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    found = unlabelled(tmp_path)
+    assert dict(zip(found.sample_ids, found.names, strict=True)) == {
+        "2.png": None,
+        "cat/1.png": "cat",
+        "train/dog/3.png": "train",
+    }
+    assert (found.problems, found.splits) == ((), None)
+    assert [read() for read in found.read([0, 2])] == [b"2.png", b"train/dog/3.png"]
+    one = unlabelled(tmp_path / "2.png")
+    assert (one.sample_ids, one.names, next(one.read([0]))()) == (["2.png"], [None], b"2.png")
+    table = pa.table({"image": [b"x", b"y"], "split": ["test", "strange"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    rows = unlabelled(tmp_path / "t.parquet")
+    assert (rows.names, rows.splits, rows.problems) == ([None, None], None, ())
+    with pytest.raises(DataError, match="label_column"):
+        open_source(Data(path=str(tmp_path / "t.parquet")))
