@@ -578,6 +578,12 @@ KNOWN = {"Authorization": f"Bearer {TOKEN}"}
 
 
 @pytest.mark.slow
+def test_more_replicas_than_there_is_room_for_are_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"the replicas take 999 CPUs .*give fewer --replicas"):
+        Server(tmp_path, str(bundles["linear"]), "--replicas", "999")
+
+
+@pytest.mark.slow
 def test_schemathesis_finds_no_server_error_and_nothing_undocumented(server: Server, tmp_path: Path) -> None:
     """All of its checks but one: that what fits the schema is accepted, as no schema says which bytes are an image."""
     known = ("-H", f"Authorization: Bearer {TOKEN}", "--exclude-checks", "positive_data_acceptance")

@@ -51,6 +51,8 @@ ATTEMPTS = 3
 """At a request whose replica dies under it: another one answers, or the same when it is back."""
 CALLS = 2
 """Of each replica at a time: a batch that passes, and one that is sent and decoded meanwhile."""
+DECODERS = 4
+"""Threads of a replica, each of which may hold one image of as many pixels as its bundle allows."""
 TOKEN_VARIABLE = "FROSTLINE_SERVE_TOKEN"
 TOKEN_LENGTH = 16
 CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
@@ -72,7 +74,7 @@ class Replica:
         """`opened` gives the bundles by name."""
         bundles = opened()
         self.trunk = trunk_of(bundles)
-        self.decoders = ThreadPoolExecutor(os.cpu_count() or 1, "frostline-decode")
+        self.decoders = ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1), "frostline-decode")
         self.passes = ThreadPoolExecutor(1, "frostline-pass")
         size = self.trunk.bundle.size
         self.trunk.logits(np.zeros((1, size, size, 3), np.uint8), tuple(bundles))  # the first pass takes longer
@@ -115,7 +117,8 @@ def serve_bundles(
     """Serve bundles, `[NAME=]PATH` each, until a signal ends it, on a local Ray that is started and stopped here, or with their
     replicas on the cluster at `address`.
 
-    Port 0 is any free one. Raises a ValueError where something cannot be honoured, before Ray is started.
+    Port 0 is any free one. Raises a ValueError where something cannot be honoured: before Ray is started, but for replicas that it has
+    no room for.
     """
     for name, value in (("replicas", replicas), ("max-batch", max_batch)):
         if value < 1:
