@@ -18,7 +18,16 @@ SMALL = {
     "store": ("--rounds", "1"),
 }
 """How to run in small what has no --quick."""
-EQUAL = {"depth_search", "extraction", "head_search", "live_augmentation", "predict", "store", "time_to_score"}
+EQUAL = {
+    "depth_search",
+    "extraction",
+    "head_search",
+    "live_augmentation",
+    "predict",
+    "serving",
+    "store",
+    "time_to_score",
+}
 """Those whose sides must end with the same numbers."""
 
 
@@ -45,6 +54,8 @@ def exact(line: dict[str, Any]) -> None:
             assert counts == {"images": 640, "parts": 1, "batch": 64}
         case "live_augmentation":
             assert counts == {"trials": 8, "passes_together": 299, "passes_one_by_one": 8 * 2 * (60 + 179)}
+        case "serving":
+            assert counts == {"requests": 200, "connections": 32}
         case "overhead":
             assert (counts["trials"], counts["theirs_trials"]) == (300, 30)
 

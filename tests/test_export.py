@@ -23,7 +23,7 @@ from frostline.cli import main
 from frostline.commit import verify_folder
 from frostline.export import MismatchError, TargetError, export_bundle
 from frostline.extras import MissingExtraError
-from frostline.features import normalised
+from frostline.inputs import Images
 from frostline.jobfile import parse_job
 from frostline.testing import TOY_BACKBONE
 
@@ -76,7 +76,7 @@ def pixels() -> np.ndarray:
 def images(folder: Path, pixels: np.ndarray) -> torch.Tensor:
     """As `frostline.json` says that the model wants them."""
     shown = json.loads((folder / "frostline.json").read_text())["preprocessing"]
-    return normalised(pixels, shown["mean"], shown["std"], torch.device("cpu"))
+    return Images(tuple(shown["mean"]), tuple(shown["std"])).fed(pixels, torch.device("cpu"))
 
 
 def held(bundle: Path, logits: torch.Tensor, pixels: np.ndarray) -> None:

@@ -250,3 +250,18 @@ def test_minilm_tells_fortunes_apart_far_better_than_chance(tmp_path: Path) -> N
     starts = {head.method: head.val for head in candidate.places[0].heads}
     assert ends["mean"] > starts["mean"] + 0.03
     assert ends["mean"] > 4 / 13
+
+
+def test_what_serves_and_exports_images_only_says_so(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = str(study / "bundle")
+    assert main(["serve", bundle, "--port", "0"]) == 2
+    assert "study reads texts, and only bundles that read images are served" in capsys.readouterr().err
+    assert main(["export", bundle, "--to", "onnx", "--out", str(tmp_path / "onnx")]) == 2
+    assert "reads texts, and only networks that read images are written for onnx" in capsys.readouterr().err
+    assert main(["export", bundle, "--full", "--out", str(tmp_path / "full")]) == 0
+    assert (tmp_path / "full" / "tokenizer.json").is_file()
+    texts = [row["text"] for row in text_rows()[:4]]
+    whole = load_bundle(tmp_path / "full").predict(texts)
+    np.testing.assert_array_equal(whole.logits, load_bundle(bundle).predict(texts).logits)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import torch as safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from frostline.adapters import adapt
 from frostline.backbone import Backbone, load_backbone
@@ -163,11 +163,18 @@ class Bundle:
     def pass_through(self, rows: np.ndarray, *, fill: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """(N, C) logits and the (N, D) features that the head is given, of (N, size, size, 3) uint8 pixels or (N, size, 2) int32 ids
         of tokens, in one batch, `filled` unless told not to."""
+        (logits,), features = self.pass_heads(rows, [self.network.head], fill=fill)
+        return logits, features
+
+    def pass_heads(
+        self, rows: np.ndarray, heads: Sequence[nn.Module], *, fill: bool
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """`pass_through` with the logits of each of these heads, which stand on the same features."""
         with _as_in_a_trial(self.threads), torch.no_grad(), mixed(self.device, self.autocast):
             fed = self.inputs.fed(rows, self.device)
             features = self.network.backbone(filled(fed) if fill else fed)
-            logits = self.network.head(features)
-            return widened(logits)[: len(rows)].cpu().numpy(), widened(features)[: len(rows)].cpu().numpy()
+            logits = [widened(head(features))[: len(rows)].cpu().numpy() for head in heads]
+            return logits, widened(features)[: len(rows)].cpu().numpy()
 
 
 def bundle_files(

@@ -31,6 +31,7 @@ from frostline.store import Entry, Store
 
 FORMATS = ("safetensors", "timm", "torchvision", "transformers", "torch-export", "onnx")
 TRACKERS = ("optuna", "tensorboard", "mlflow", "wandb")
+INTERRUPTED = "frostline: interrupted; what had finished is kept, and the same command goes on from there"
 OVERRIDE_HELP = "dotted job keys laid over the file, for example train.lr=1e-3 or data.path=photos/"
 
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, SystemExit):
         if not received:
             raise  # with a signal behind it, SystemExit is Ray's way to say KeyboardInterrupt
-        errors.print("frostline: interrupted; what had finished is kept, and the same command goes on from there")
+        errors.print(arguments.interrupted)
         return 128 + received[-1]
 
 
@@ -183,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_bundles(commands) -> None:
-    """`predict` and `export`."""
+    """`predict`, `export` and `serve`."""
     predicted = _command(
         commands,
         "predict",
@@ -218,6 +219,10 @@ def _add_bundles(commands) -> None:
     )
     what.add_argument("--to", choices=FORMATS, help="the library or format; onnx needs the extra of that name")
     exported.add_argument("--out", metavar="PATH", help="the folder to write (default: beside the bundle)")
+
+    bundle_commands.serve_arguments(
+        _command(commands, "serve", bundle_commands.serve, "answer images over HTTP with bundles, on Ray Serve")
+    )
 
 
 def _add_submission(commands) -> None:
@@ -270,7 +275,7 @@ def _add_dashboard(parser: argparse.ArgumentParser) -> None:
 
 def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=summary, description=summary[:1].upper() + summary[1:] + ".")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, interrupted=INTERRUPTED)
     return parser
 
 

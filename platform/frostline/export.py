@@ -84,6 +84,11 @@ def export_bundle(folder: str | Path, target: str, out: Path | None = None) -> E
             f"{bundle.spec.backbone.name} is not a model of transformers, so it cannot be written as one; "
             f"there are {_others(bundle, 'transformers')}"
         )
+    if bundle.tokenizer is not None:
+        raise TargetError(
+            f"{bundle.spec.backbone.name} reads texts, and only networks that read images are written for {target}; `--full` writes a "
+            "bundle that needs no weights file"
+        )
     chosen = TARGETS[target]
     expected, network = _live(bundle), _merged(bundle)
     images = _samples(bundle)
@@ -105,12 +110,12 @@ def export_bundle(folder: str | Path, target: str, out: Path | None = None) -> E
 
 
 def _whole(folder: Path, bundle: Bundle, out: Path) -> Exported:
-    images = _samples(bundle)
+    fed = bundle.inputs.noise(SAMPLES, bundle.size)
     with tempfile.TemporaryDirectory(prefix="frostline-export-") as scratch:
         files = full_files(folder)
         publish_folder(Path(scratch) / "full", files)
         whole = load_bundle(Path(scratch) / "full", device="cpu")
-    if not np.array_equal(_logits(bundle.network)(images), _logits(whole.network)(images)):
+    if not np.array_equal(_logits(bundle.network)(fed), _logits(whole.network)(fed)):
         raise MismatchError(f"{folder}: with all its tensors it gives other logits")
     publish_folder(out, files)
     return Exported(out, "all tensors, the same logits to the bit", f'frostline.load_bundle("{out}")')

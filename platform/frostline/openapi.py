@@ -1,0 +1,145 @@
+"""What is served, as OpenAPI 3.1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from frostline.intake import FORM, JSON, Input, Limits
+from frostline.versions import VERSION
+
+TOP = 5
+"""Classes told of an image, unless top_k says otherwise."""
+
+_REFUSALS = {
+    "400": "what came cannot be parsed, or a parameter cannot be honoured",
+    "401": "no token, or a wrong one",
+    "403": "a foreign Host or Origin",
+    "404": "no such route or bundle",
+    "405": "the path takes another method",
+    "408": "the body came too slowly",
+    "413": "too many bytes",
+    "415": "a content type or encoding that is not read",
+    "422": "an image or JSON value that cannot be used, or too many of them",
+    "429": "too many requests at a time",
+    "503": "no answer in time, or not ready",
+}
+_LABELLED = {
+    "type": "object",
+    "required": ["label", "probability"],
+    "properties": {"label": {"type": "string"}, "probability": {"type": "number", "minimum": 0, "maximum": 1}},
+}
+_SCHEMAS: dict[str, Any] = {
+    "Error": {
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": ["status", "what", "why", "remedy"],
+                "properties": {
+                    "status": {"type": "integer"},
+                    **{name: {"type": "string"} for name in ("what", "why", "remedy")},
+                },
+            }
+        },
+    },
+    "Prediction": {
+        "type": "object",
+        "required": ["label", "top"],
+        "properties": {"label": {"type": "string"}, "top": {"type": "array", "minItems": 1, "items": _LABELLED}},
+    },
+    "Status": {"type": "object", "required": ["status"], "properties": {"status": {"type": "string"}}},
+}
+
+
+def describe(served: Mapping[str, tuple[Sequence[str], Input]], limits: Limits, with_token: bool) -> dict[str, Any]:
+    """The document, of the classes and the input of each bundle."""
+    inputs = [given for _, given in served.values()]
+    many = {"type": "array", "minItems": 1, "items": _ref("Prediction")}
+    each = {"type": "object", "required": [*served], "properties": dict.fromkeys(served, many)}
+    paths: dict[str, Any] = {
+        "/": {
+            "get": _operation(
+                "an upload page", {"200": _answer("the page", {"type": "string"}, "text/html")}, [], free=True
+            )
+        },
+        "/healthz": {"get": _operation("whether the server is alive", _ok("Status"), [], free=True)},
+        "/readyz": {"get": _operation("whether it can predict", _ok("Status"), ["503"], free=True)},
+        "/openapi.json": {
+            "get": _operation("this document", {"200": _answer("OpenAPI 3.1", {"type": "object"})}, ["401"])
+        },
+        "/predict": {
+            "post": _predict("ask all bundles", "bundles", each, max(len(classes) for classes, _ in served.values()))
+            | {"requestBody": _body(inputs[0], limits)}
+        },
+    }
+    for name, (classes, given) in served.items():
+        operation = _predict(f"ask {name}, which knows {len(classes)} classes", "predictions", many, len(classes))
+        paths[f"/{name}/predict"] = {"post": operation | {"requestBody": _body(given, limits)}}
+    scheme = {"token": {"type": "http", "scheme": "bearer"}} if with_token else {}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Frostline", "version": VERSION, "description": f"Bundles: {', '.join(served)}"},
+        "paths": paths,
+        "components": {"schemas": _SCHEMAS, "securitySchemes": scheme},
+        "security": [{"token": []}] if with_token else [],
+    }
+
+
+def _predict(summary: str, key: str, schema: dict[str, Any], classes: int) -> dict[str, Any]:
+    answered = {"type": "object", "required": [key], "properties": {key: schema}}
+    top = {"type": "integer", "minimum": 1, "maximum": classes, "default": min(TOP, classes)}
+    parameter = {
+        "name": "top_k",
+        "in": "query",
+        "required": False,
+        "schema": top,
+        "description": "how many classes are told of each image",
+    }
+    refusals = [status for status in _REFUSALS if status != "405"]
+    operation = _operation(summary, {"200": _answer("in the order of the images", answered)}, refusals)
+    return operation | {"parameters": [parameter]}
+
+
+def _body(given: Input, limits: Limits) -> dict[str, Any]:
+    encoded = {"type": "string", "contentEncoding": "base64"}
+    one = {
+        "type": "object",
+        "required": [given.key],
+        "additionalProperties": False,
+        "properties": {given.key: encoded},
+    }
+    several = {"type": "array", "minItems": 1, "maxItems": limits.images, "items": one}
+    binary = {"type": "string", "format": "binary"}
+    form = {
+        "type": "object",
+        "required": [given.key],
+        "additionalProperties": False,
+        "properties": {given.key: {"type": "array", "minItems": 1, "maxItems": limits.images, "items": binary}},
+    }
+    content = {JSON: {"schema": {"anyOf": [one, several]}}, FORM: {"schema": form}}
+    what = f"{given.what}, up to {limits.body_bytes:,} bytes and {limits.images} images"
+    return {
+        "required": True,
+        "description": what,
+        "content": content | {each: {"schema": binary} for each in given.types},
+    }
+
+
+def _operation(summary: str, answers: dict[str, Any], refusals: Sequence[str], *, free: bool = False) -> dict[str, Any]:
+    """An operation; one that is `free` asks for no token."""
+    told = {status: _answer(_REFUSALS[status], _ref("Error")) for status in ("403", *refusals)}
+    return {"summary": summary, "responses": answers | told} | ({"security": []} if free else {})
+
+
+def _answer(what: str, schema: dict[str, Any], kind: str = JSON) -> dict[str, Any]:
+    return {"description": what, "content": {kind: {"schema": schema}}}
+
+
+def _ok(name: str) -> dict[str, Any]:
+    return {"200": _answer("yes", _ref(name))}
+
+
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}"}
