@@ -8,26 +8,21 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
-import pyarrow as pa
 from rich.console import Console
-from rich.filesize import decimal
 from rich.text import Text
 
 import frostline
-from frostline import bundle_commands, cluster_commands, results
+from frostline import bundle_commands, cluster_commands, feature_commands, results
 from frostline.commit import StudyBusy
-from frostline.files import locate
 from frostline.fixed import fixed_job
 from frostline.jobfile import load_job
 from frostline.reference import starter_job
 from frostline.spec import Job
-from frostline.store import Entry, Store
 
 FORMATS = ("safetensors", "timm", "torchvision", "transformers", "torch-export", "onnx")
 TRACKERS = ("optuna", "tensorboard", "mlflow", "wandb")
@@ -167,9 +162,13 @@ def build_parser() -> argparse.ArgumentParser:
         "features", help="list, verify or clean a feature store", description="List, verify or clean a feature store."
     )
     whats = stored.add_subparsers(required=True, metavar="WHAT")
-    _add_root(_command(whats, "list", _list_features, "show what is stored, the least recently used first"))
-    _add_root(_command(whats, "verify", _verify_features, "read every byte of it, and show what is damaged"))
-    clean = _command(whats, "clean", _clean_features, "delete what no search is using")
+    _add_root(
+        _command(whats, "list", feature_commands.list_features, "show what is stored, the least recently used first")
+    )
+    _add_root(
+        _command(whats, "verify", feature_commands.verify_features, "read every byte of it, and show what is damaged")
+    )
+    clean = _command(whats, "clean", feature_commands.clean_features, "delete what no search is using")
     _add_root(clean)
     clean.add_argument(
         "--unused-days", type=_days, default=0.0, metavar="N", help="only what was not used for N days (default: 0)"
@@ -408,75 +407,6 @@ def _track(arguments: argparse.Namespace) -> int:
     for line in (f"{done.path}: {done.wrote}", f"open it with: {done.opened}"):
         console.print(Text(line), soft_wrap=True)
     return 0
-
-
-def _list_features(arguments: argparse.Namespace) -> int:
-    store, name = _store(arguments.root)
-    _show_entries(store.entries(), name)
-    return 0
-
-
-def _verify_features(arguments: argparse.Namespace) -> int:
-    store, name = _store(arguments.root)
-    entries, console = store.entries(), _stdout()
-    damage = {entry.key: store.verify(entry.key) for entry in entries}
-    _show_entries(entries, name, damage)
-    problems = [problem for found in damage.values() for problem in found]
-    for problem in problems:
-        console.print(Text(problem), soft_wrap=True)
-    if problems:
-        console.print("a search that reads them makes what is damaged anew")
-    elif entries:
-        console.print("every byte is as it was written")
-    return 1 if problems else 0
-
-
-def _clean_features(arguments: argparse.Namespace) -> int:
-    store, name = _store(arguments.root)
-    removed, console = store.clean(arguments.unused_days), _stdout()
-    kept = store.entries()
-    console.print(Text(f"deleted {_counted(removed)} in {name}"), soft_wrap=True)
-    if kept:
-        recent = f" or used within {arguments.unused_days:g} days" * (arguments.unused_days > 0)
-        console.print(f"kept {_counted(kept)}, in use{recent}", soft_wrap=True)
-    return 0
-
-
-def _store(root: str) -> tuple[Store, str]:
-    """The store at a folder or URI, and its name without credentials."""
-    place = locate(root)
-    if "://" not in root and not Path(place.path).is_dir():
-        raise ValueError(
-            f"{place.name} is not a folder. A search stores activations where its job's features.path says, or else in the "
-            "folder `features` beside its study, which is results/features for results/NAME: name that one"
-        )
-    return Store(root), place.name
-
-
-def _show_entries(entries: Sequence[Entry], name: str, damage: Mapping[str, Sequence[str]] | None = None) -> None:
-    """Print a line an entry and, where it is known, whether it is damaged; 100 columns suffice."""
-    abouts = [entry.about or {} for entry in entries]
-    columns = {
-        "backbone": [about.get("backbone", "unknown") for about in abouts],
-        "cut": [about.get("cut") for about in abouts],
-        "view": [about["view"]["view"] if about.get("view") else None for about in abouts],
-        "images": [entry.samples for entry in entries],
-        "MB": [round(entry.bytes / 1e6, 2) for entry in entries],
-        "dtype": [about.get("dtype") for about in abouts],
-        "last used": [datetime.fromtimestamp(entry.used_s).strftime("%Y-%m-%d %H:%M") for entry in entries],
-        "key": [entry.key for entry in entries],
-    }
-    if damage is not None:
-        columns["state"] = ["damaged" if damage[entry.key] else "intact" for entry in entries]
-    console = _stdout()
-    if entries:
-        results.render_table(pa.table(columns), console)
-    console.print(Text(f"{_counted(entries)} in {name}"), soft_wrap=True)
-
-
-def _counted(entries: Sequence[Entry]) -> str:
-    count = len(entries)
-    return f"{count:,} {'entry' if count == 1 else 'entries'}, {decimal(sum(entry.bytes for entry in entries))}"
 
 
 def _days(text: str) -> float:
