@@ -14,9 +14,10 @@ from torch.nn import functional
 from frostline.cuts import resume
 from frostline.features import EVAL_BATCH, Feed, on_device
 from frostline.freeze import Network, apply_plan, compile_plan, train_mode
-from frostline.spec import Job, TrialSpec, configure, search_seeds, trial_of
+from frostline.spec import Job
 from frostline.training import build_optimizer
 from frostline.trial import head_of, origin_of
+from frostline.trialspec import TrialSpec, configure, search_seeds, trial_of
 from frostline.world import World
 
 BLOCK_S, BLOCKS = 0.2, 5

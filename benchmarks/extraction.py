@@ -25,9 +25,9 @@ from frostline.extract import extract
 from frostline.features import EVAL_BATCH, Feed, on_device
 from frostline.jobfile import parse_job
 from frostline.prepare import prepare
-from frostline.spec import TrialSpec, configure, search_seeds, trial_of
 from frostline.store import Store, key_of
 from frostline.trial import origin_of
+from frostline.trialspec import TrialSpec, configure, search_seeds, trial_of
 from frostline.work import Shard
 from frostline.world import World
 

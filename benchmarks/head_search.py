@@ -63,9 +63,10 @@ from frostline.jobfile import parse_job
 from frostline.prepare import prepare
 from frostline.propose import Proposer
 from frostline.seeds import Seeds
-from frostline.spec import Config, Job, Train, configure, search_seeds
+from frostline.spec import Job, Train
 from frostline.testing import TOY_BACKBONE
 from frostline.training import rate_factor
+from frostline.trialspec import Config, configure, search_seeds
 
 CORES = os.cpu_count() or 1
 DECAYS = (0.0, 1e-3, 1e-2, 1e-1)

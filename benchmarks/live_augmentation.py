@@ -32,9 +32,10 @@ from frostline.jobfile import parse_job
 from frostline.outcome import EpochRecord, Outcome
 from frostline.pack import run_pack
 from frostline.prepare import prepare
-from frostline.spec import Job, TrialSpec
+from frostline.spec import Job
 from frostline.store import Store
 from frostline.testing import TOY_BACKBONE
+from frostline.trialspec import TrialSpec
 from frostline.work import Survey
 from frostline.world import World
 

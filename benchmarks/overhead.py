@@ -43,8 +43,8 @@ def ours(trials: int) -> dict[str, Any]:
     from frostline.prepare import prepare
     from frostline.rows import describe
     from frostline.snapshot import Snapshot
-    from frostline.spec import TrialSpec
     from frostline.testing import toy_job
+    from frostline.trialspec import TrialSpec
     from frostline.tune import run_tune
     from frostline.worker import Worker
     from frostline.world import World

@@ -57,9 +57,10 @@ from frostline.jobfile import parse_job
 from frostline.outcome import EpochRecord
 from frostline.prepare import Prepared, prepare
 from frostline.propose import Proposer
-from frostline.spec import Job, TrialSpec, configure, search_seeds, trial_of
+from frostline.spec import Job
 from frostline.testing import TOY_BACKBONE
 from frostline.trial import run_trial
+from frostline.trialspec import TrialSpec, configure, search_seeds, trial_of
 from frostline.world import World
 
 ARM, HIDDEN = "freeze", (0, 128)

@@ -18,10 +18,11 @@ from frostline.checkpoint import CheckpointError, Keep, load_training, save_trai
 from frostline.features import Feed
 from frostline.outcome import EpochRecord, Outcome
 from frostline.prepare import prepare
-from frostline.spec import BackboneSpec, Freeze, Train, TrialSpec, configure, confirm_seeds, trial_of
+from frostline.spec import BackboneSpec, Freeze, Train
 from frostline.testing import TOY_BACKBONE, toy_job
 from frostline.training import Seeding, Training
 from frostline.trial import run_trial
+from frostline.trialspec import TrialSpec, configure, confirm_seeds, trial_of
 from frostline.world import World
 
 SAMPLES = 10

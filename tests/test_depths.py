@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frostline.depths import cut_of, depth_of, end_of
-from frostline.spec import Config, Freeze, Head, Train
+from frostline.spec import Freeze, Head, Train
+from frostline.trialspec import Config
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ from frostline.outcome import EpochRecord, Outcome
 from frostline.pack import run_pack
 from frostline.packing import pack_key
 from frostline.prepare import prepare
-from frostline.spec import Arm, Features, TrialSpec, configure, confirm_seeds, search_seeds, trial_of
+from frostline.spec import Arm, Features
 from frostline.testing import TOY_BACKBONE, text_job, toy_job
+from frostline.trialspec import TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 from frostline.work import Survey
 from frostline.world import World
 

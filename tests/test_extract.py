@@ -21,10 +21,10 @@ from frostline.pack import run_pack
 from frostline.prepare import prepare
 from frostline.results import table_of
 from frostline.shards import FeatureError
-from frostline.spec import TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 from frostline.store import Store
 from frostline.testing import toy_job
 from frostline.trial import origin_of
+from frostline.trialspec import TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 from frostline.work import Supply, Survey
 from frostline.world import World
 

@@ -18,10 +18,10 @@ from frostline.features import EVAL_BATCH, Feed, Origin, chunks, filled, from_ro
 from frostline.inputs import Images
 from frostline.prepare import prepare
 from frostline.shards import FeatureError
-from frostline.spec import TrialSpec, configure, search_seeds, trial_of
 from frostline.store import Store, key_of
 from frostline.testing import toy_job
 from frostline.trial import origin_of
+from frostline.trialspec import TrialSpec, configure, search_seeds, trial_of
 from frostline.work import Survey
 from frostline.world import World
 

@@ -29,9 +29,10 @@ from frostline.freeze import (
     train_mode,
 )
 from frostline.head import build_head
-from frostline.spec import BackboneSpec, Freeze, Head, Train, confirm_seeds, search_seeds
+from frostline.spec import BackboneSpec, Freeze, Head, Train
 from frostline.testing import toy_job
 from frostline.training import Batches, Seeding, build_optimizer, recalibrate, train_epochs
+from frostline.trialspec import confirm_seeds, search_seeds
 
 FAMILIES = {
     "timm/resnet10t": 32,

@@ -20,8 +20,9 @@ from frostline.pack import Stopwatch, run_pack
 from frostline.packing import SUFFIXES, pack_key, take_pack
 from frostline.prepare import prepare
 from frostline.results import table_of
-from frostline.spec import Job, TrialSpec, configure, confirm_seeds, search_seeds, trial_of
+from frostline.spec import Job
 from frostline.testing import toy_job
+from frostline.trialspec import TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 from frostline.work import Survey
 from frostline.world import World
 

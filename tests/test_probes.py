@@ -17,9 +17,9 @@ from frostline.data import subset
 from frostline.features import Feed
 from frostline.finalists import best_probe
 from frostline.metrics import scores
-from frostline.spec import TrialSpec
 from frostline.testing import image_folder, toy_job
 from frostline.trial import origin_of
+from frostline.trialspec import TrialSpec
 from frostline.world import World
 
 CPU = World(torch.device("cpu"), "here")

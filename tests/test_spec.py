@@ -13,23 +13,18 @@ from frostline.models import Range, digest
 from frostline.seeds import Seeds, derive_seed
 from frostline.spec import (
     Arm,
-    Config,
     Freeze,
     Head,
     Job,
     Objective,
     Train,
-    TrialSpec,
-    configure,
-    confirm_seeds,
     holds_integers,
     is_searched,
-    search_seeds,
     searchable_fields,
     section_models,
     takes_range,
-    trial_of,
 )
+from frostline.trialspec import Config, TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 
 MODELS = [Job, Arm, Range, *section_models().values()]
 STREAMS = ("split", "subset", "order", "head", "dropout")

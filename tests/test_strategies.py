@@ -36,22 +36,12 @@ from frostline.freeze import (
     whole,
 )
 from frostline.outcome import EpochRecord
-from frostline.spec import (
-    BackboneSpec,
-    Config,
-    Freeze,
-    Head,
-    Train,
-    configure,
-    confirm_seeds,
-    search_seeds,
-    starting_point,
-    trial_of,
-)
+from frostline.spec import BackboneSpec, Freeze, Head, Train
 from frostline.strategies import CATALOGUE, judged_epoch, phases_of, run_cuts
 from frostline.testing import TOY_BACKBONE, toy_job
 from frostline.training import Batches, RelativeNorms, Seeding, build_optimizer, predict, train_epochs
 from frostline.trial import origin_of, run_trial
+from frostline.trialspec import Config, configure, confirm_seeds, search_seeds, starting_point, trial_of
 from frostline.world import World
 
 FAMILIES = {TOY_BACKBONE: 16, "timm/resnet10t": 32, "timm/tf_efficientnet_lite0": 32, "timm/vit_tiny_patch16_224": 32}

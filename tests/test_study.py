@@ -26,10 +26,11 @@ from frostline.finalists import Finished, best_of, choose_finalists
 from frostline.outcome import EpochRecord, Outcome, summarise
 from frostline.propose import Proposer
 from frostline.rows import describe
-from frostline.spec import Job, TrialSpec
+from frostline.spec import Job
 from frostline.store import Store, key_of
 from frostline.study import Study
 from frostline.testing import toy_job
+from frostline.trialspec import TrialSpec
 from frostline.work import Shard, Supply
 from frostline.world import World
 

@@ -24,10 +24,10 @@ from frostline.jobfile import as_toml
 from frostline.mistakes import excerpts, pictures
 from frostline.prepare import prepare
 from frostline.samples import BadSample
-from frostline.spec import TrialSpec, configure, confirm_seeds, trial_of
 from frostline.testing import text_encoder, text_job, text_rows
 from frostline.tokens import load_tokenizer, to_ids
 from frostline.trial import run_trial
+from frostline.trialspec import TrialSpec, configure, confirm_seeds, trial_of
 from frostline.world import World
 
 ARMS = {

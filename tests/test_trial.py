@@ -18,9 +18,10 @@ from frostline.pack import run_pack
 from frostline.prepare import prepare
 from frostline.results import SCHEMAS, table_of
 from frostline.rows import failure
-from frostline.spec import Job, TrialSpec, configure, confirm_seeds, search_seeds, trial_of
+from frostline.spec import Job
 from frostline.testing import toy_job
 from frostline.trial import Report, run_trial, trial_steps
+from frostline.trialspec import TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 from frostline.world import World
 
 

@@ -36,8 +36,9 @@ from frostline.images import BadImage, Fit, decode, fitted
 from frostline.inputs import Images, Inputs
 from frostline.metrics import probabilities
 from frostline.samples import BadSample
-from frostline.spec import Data, TrialSpec
+from frostline.spec import Data
 from frostline.tokens import Tokenizer, load_tokenizer, parse_tokenizer, raw_of, to_ids, tokenizer_files
+from frostline.trialspec import TrialSpec
 from frostline.weights import hash_tensors, read_weights
 from frostline.world import autocast_dtype, find_device, mixed
 

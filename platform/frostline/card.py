@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from frostline.modality import reads_text
-from frostline.spec import TrialSpec
+from frostline.trialspec import TrialSpec
 
 METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "nll": "NLL"}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from frostline.spec import Config, Freeze, Head, Strategy
+from frostline.spec import Freeze, Head, Strategy
+from frostline.trialspec import Config
 
 
 def depth_of(freeze: Freeze, stages: int) -> int:

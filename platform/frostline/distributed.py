@@ -25,8 +25,8 @@ from frostline.features import Feed
 from frostline.freeze import FreezeError
 from frostline.machine import interface_settings
 from frostline.outcome import EpochRecord
-from frostline.spec import TrialSpec
 from frostline.trial import failed, run_trial
+from frostline.trialspec import TrialSpec
 from frostline.world import World, gpus_of_a_trial
 
 OWN = (ValueError, ArithmeticError, FreezeError, MemoryError, torch.OutOfMemoryError)

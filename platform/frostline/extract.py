@@ -16,9 +16,10 @@ from frostline.closedform import pooled_width
 from frostline.data import subset
 from frostline.depths import cut_of, end_of
 from frostline.features import EVAL_BATCH, Feed, Origin, chunks, to_rows
-from frostline.spec import Features, TrialSpec
+from frostline.spec import Features
 from frostline.store import Store, key_of
 from frostline.trial import origin_of
+from frostline.trialspec import TrialSpec
 from frostline.work import Shard, Supply, Survey
 from frostline.world import World
 

@@ -15,8 +15,9 @@ from frostline.outcome import EpochRecord, Outcome
 from frostline.pack import run_pack
 from frostline.probes import probe
 from frostline.snapshot import Snapshot
-from frostline.spec import Job, TrialSpec
+from frostline.spec import Job
 from frostline.study import Study
+from frostline.trialspec import TrialSpec
 from frostline.world import World
 
 

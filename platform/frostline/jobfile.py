@@ -25,13 +25,13 @@ from frostline.spec import (
     SEARCHABLE,
     Arm,
     Job,
-    configure,
     holds_integers,
     is_searched,
     searchable_fields,
     section_models,
     takes_range,
 )
+from frostline.trialspec import configure
 
 EXAMPLES = {
     "depth": '"all" or [0.0, 0.5, 1.0]',

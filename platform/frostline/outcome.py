@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from frostline.spec import Metric, TrialSpec
+from frostline.spec import Metric
+from frostline.trialspec import TrialSpec
 from frostline.versions import versions
 
 

@@ -11,8 +11,9 @@ import pyarrow as pa
 
 from frostline.outcome import EpochRecord, Outcome, lost
 from frostline.snapshot import Snapshot
-from frostline.spec import Job, TrialSpec
+from frostline.spec import Job
 from frostline.study import Study
+from frostline.trialspec import TrialSpec
 from frostline.work import Load, Probe, Shard, Supply, Survey
 
 Preparation = Survey | Shard | Probe

@@ -27,9 +27,9 @@ from frostline.head import set_probe
 from frostline.lanes import Lane, train_lanes
 from frostline.outcome import EpochRecord, Outcome, summarise
 from frostline.rows import Cost, describe, describe_data, describe_network
-from frostline.spec import TrialSpec
 from frostline.training import Batches, predict
 from frostline.trial import confirm, failed, head_of, origin_of, trial_steps
+from frostline.trialspec import TrialSpec
 from frostline.weights import hash_weights
 from frostline.world import World
 

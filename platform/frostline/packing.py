@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from frostline.depths import cut_of, end_of
-from frostline.spec import TrialSpec
+from frostline.trialspec import TrialSpec
 
 SUFFIXES = 8
 """Lanes that share a live prefix pass: for a suffix of an eighth of the work, 8 lanes come to 2.5 of the 3.3 times that

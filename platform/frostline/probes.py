@@ -18,8 +18,8 @@ from frostline.closedform import lda, ridge
 from frostline.data import Dataset, at_most, subset
 from frostline.features import Feed
 from frostline.metrics import METRICS, scores
-from frostline.spec import TrialSpec
 from frostline.trial import origin_of
+from frostline.trialspec import TrialSpec
 from frostline.work import Probe
 from frostline.world import World
 

@@ -32,10 +32,11 @@ from frostline.prepare import Prepared, prepare
 from frostline.probes import fitted_to
 from frostline.propose import precisions
 from frostline.seeds import derive_seed
-from frostline.spec import BackboneSpec, Config, Freeze, Head, Job, Metric, TrialSpec, search_seeds, trial_of
+from frostline.spec import BackboneSpec, Freeze, Head, Job, Metric
 from frostline.store import Store
 from frostline.transferability import h_score, logme
 from frostline.trial import origin_of
+from frostline.trialspec import Config, TrialSpec, search_seeds, trial_of
 from frostline.world import World
 
 Fit = Callable[[Tensor, Tensor, int], Any]

@@ -18,8 +18,9 @@ from frostline.data import DataError, Dataset
 from frostline.freeze import Applied, FreezeError, Network, Plan, stage_rates
 from frostline.metrics import FURTHER, probabilities, scores
 from frostline.outcome import EpochRecord, asked
-from frostline.spec import Train, TrialSpec
+from frostline.spec import Train
 from frostline.training import Batches, NonFiniteError
+from frostline.trialspec import TrialSpec
 from frostline.world import World, hardware, peak_mib, reset_peak
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from frostline.depths import cut_of, end_of
-from frostline.spec import Config, Freeze, Strategy
+from frostline.spec import Freeze, Strategy
+from frostline.trialspec import Config
 
 ALL, NORMS, BIASES, ADAPTERS = "*", "norm/*", "*bias", "adapter/*"
 """Patterns of `KIND/NAME`: which parameters of a stage train."""

@@ -36,19 +36,10 @@ from frostline.packing import take_pack
 from frostline.propose import Proposer, batch, precisions
 from frostline.seeds import Seeds
 from frostline.snapshot import Snapshot, Training
-from frostline.spec import (
-    Config,
-    Job,
-    Mode,
-    Round,
-    TrialSpec,
-    configure,
-    confirm_seeds,
-    search_seeds,
-    trial_of,
-)
+from frostline.spec import Job, Mode, Round
 from frostline.store import Store
 from frostline.strategies import judged_epoch, run_cuts
+from frostline.trialspec import Config, TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 from frostline.work import Probe, Supply, Survey
 
 

@@ -25,8 +25,8 @@ from frostline.head import build_head, set_probe
 from frostline.models import digest
 from frostline.outcome import EpochRecord, Outcome, summarise
 from frostline.rows import Cost, describe, describe_data, describe_network, failure, prediction_rows, score_on_test
-from frostline.spec import TrialSpec
 from frostline.training import Batches, Seeding, Training, predict, recalibrate
+from frostline.trialspec import TrialSpec
 from frostline.world import CPU, World, autocast_dtype
 
 Report = Callable[[EpochRecord], bool]

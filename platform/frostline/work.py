@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from frostline.spec import Resources, TrialSpec
+from frostline.spec import Resources
+from frostline.trialspec import TrialSpec
 
 
 @dataclass(frozen=True)

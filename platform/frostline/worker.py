@@ -15,7 +15,7 @@ from frostline.extract import extract, load, survey
 from frostline.features import Feed
 from frostline.pack import Finish, Report, run_pack
 from frostline.probes import probe
-from frostline.spec import TrialSpec
+from frostline.trialspec import TrialSpec
 from frostline.work import Load, Probe, Shard, Survey
 from frostline.world import World
 
