@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import frostline
 from frostline import results
@@ -102,3 +103,33 @@ def test_a_study_without_a_best_trial_says_so(tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match="no trial of .* has completed"):
         best_job(tmp_path / "toy")
+
+
+def test_a_bundle_is_the_backbone_of_the_next_task(tmp_path: Path) -> None:
+    """Trained from random weights on one split of the data, then the start of another training."""
+    raw = one(tmp_path / "source", "train.lr=0.01").model_dump(mode="json", exclude_unset=True)
+    raw["freeze"] = {"strategy": "full", "norm": "batch"}
+    source = frostline.train(parse_job(raw), inline=True)
+    bundle = frostline.load_bundle(source / "bundle")
+    raw = one(tmp_path / "target").model_dump(mode="json", exclude_unset=True)
+    raw["backbone"] = {"name": f"bundle/{source / 'bundle'}"}
+    target = frostline.train(parse_job(raw), inline=True)
+    facts = results.read_job(target)["facts"]
+    assert facts["stages_hash"] == bundle.about["stages_hash"]
+    assert facts["weights_hash"] not in (bundle.about["weights_hash"], None), (
+        "what it was trained to, not where it began"
+    )
+    first = frostline.load_bundle(target / "bundle")
+    for name, tensor in first.network.backbone.stem.state_dict().items():
+        assert torch.equal(tensor, bundle.network.backbone.stem.state_dict()[name]), name
+    with pytest.raises(ValueError, match=r"frostline export .* --full --out WHOLE"):
+        frostline.train(one(tmp_path / "again", f"backbone.weights={target / 'bundle'}"), inline=True)
+    assert main(["export", str(target / "bundle"), "--full", "--out", str(tmp_path / "whole")]) == 0
+    frostline.train(one(tmp_path / "again", f"backbone.weights={tmp_path / 'whole'}"), inline=True)
+    for wrong, said in (
+        (f"bundle/{tmp_path}", "is no bundle"),
+        (f"bundle/{target / 'bundle'}", "leave backbone.weights out"),
+    ):
+        raw["backbone"] = {"name": wrong, **({} if "no bundle" in said else {"weights": "random"})}
+        with pytest.raises(ValueError, match=said):
+            frostline.train(parse_job({**raw, "results": str(tmp_path / "wrong")}), inline=True)

@@ -118,6 +118,8 @@ def load_backbone(spec: BackboneSpec, *, image_size: int | None = None) -> Backb
     cannot be had, or the network cannot be cut into stages that run one after the other.
     """
     path = Path(spec.weights)
+    if (path / "bundle.json").is_file():
+        path = path / "model.safetensors"
     stamp = path.stat().st_mtime_ns if spec.weights not in ("pretrained", "random") and path.is_file() else 0
     if reads_text(spec.name):
         stamp += sum(file.stat().st_mtime_ns for file in Path(spec.name.removeprefix(PREFIX)).glob("*.*"))
@@ -148,7 +150,13 @@ def _load(name: str, weights: str, image_size: int | None, stamp: int, seed: int
                 return _backbone(name, _text(name, weights, pool))
             return _backbone(name, _SOURCES[kind + separator](rest, weights, image_size))
     except BackboneError as error:
-        raise BackboneError(f"backbone {name}: {error}") from error
+        hint = ""
+        if (Path(weights) / "bundle.json").is_file():
+            hint = (
+                f"\na bundle holds what training moved; `frostline export {weights} --full --out WHOLE` writes one that holds all: "
+                "name that"
+            )
+        raise BackboneError(f"backbone {name}: {error}{hint}") from error
 
 
 def _backbone(name: str, network: _Network) -> Backbone:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from frostline.backbone import Backbone, BackboneError, load_backbone
+from frostline.commit import published
 from frostline.cuts import cuts_at, cuts_of
 from frostline.data import DataError, Dataset, load_data, subset
 from frostline.depths import depth_of, end_of
@@ -17,10 +19,13 @@ from frostline.modality import PREFIX, modality_mistakes
 from frostline.propose import distributions, entries_of
 from frostline.seeds import derive_seed
 from frostline.sources import NAMES
-from frostline.spec import Data, Head, Job
+from frostline.spec import BackboneSpec, Data, Head, Job
 from frostline.tokens import load_tokenizer
 from frostline.versions import versions
 from frostline.world import find_device, hardware
+
+BUNDLE = "bundle/"
+"""Before the folder of a bundle, as a backbone's name."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def check_heads(job: Job, backbone: Backbone, image_size: int) -> None:
 
 def _with_absolute_paths(job: Job) -> Job:
     """Trials may run in another working directory."""
-    data, backbone = job.data, job.backbone
+    data, backbone = job.data, of_bundle(job.backbone)
     if data.path not in NAMES and "://" not in data.path:
         data = data.model_copy(update={"path": str(Path(data.path).expanduser().absolute())})
     if data.tokenizer is not None:
@@ -150,6 +155,22 @@ def _with_absolute_paths(job: Job) -> Job:
         features = features.model_copy(update={"path": str(Path(features.path).expanduser().absolute())})
     folders = {"data": data, "backbone": backbone, "features": features, "results": str(job.folder.absolute())}
     return job.model_copy(update=folders)
+
+
+def of_bundle(spec: BackboneSpec) -> BackboneSpec:
+    """The backbone that `bundle/PATH` stands for: the bundle's own, as it was trained to. Raises BackboneError."""
+    if not spec.name.startswith(BUNDLE):
+        return spec
+    if spec.weights != "pretrained":
+        raise BackboneError(f"backbone.name = {spec.name!r} brings its weights; leave backbone.weights out")
+    folder = published(Path(spec.name.removeprefix(BUNDLE)).expanduser().absolute())
+    try:
+        own = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))["spec"]["backbone"]
+        return spec.model_copy(update={"name": own["name"], "weights": str(folder), "pool": own["pool"]})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BackboneError(
+            f"backbone.name = {spec.name!r}: {folder} is no bundle ({error}); name its folder"
+        ) from None
 
 
 def _absolute_encoder(name: str) -> str:

