@@ -130,7 +130,7 @@ def test_balanced_weights_lift_the_recall_of_a_rare_class() -> None:
     found = {}
     for weights in ("none", "balanced"):
         network, applied = toy()
-        config = Train(epochs=3, batch_size=8, lr=0.003, head_lr=0.01, class_weights=weights)
+        config = Train(epochs=6, batch_size=8, lr=0.01, head_lr=0.01, class_weights=weights)
         run(network, applied, config, train)
         logits = predict(network, data(40))
         found[weights] = (logits.argmax(1) == 1)[few.labels.numpy() == 1].mean()
