@@ -17,6 +17,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -86,7 +87,9 @@ def _plain(answer: Connection, folder: str, rank: int, job: Job) -> None:
             parameter.requires_grad_(live and not isinstance(module, torch.nn.BatchNorm2d))
     network = torch.nn.Sequential(trunk, torch.nn.Linear(backbone.feature_dim, len(dataset.classes)))
     network = network.to(memory_format=torch.channels_last)
-    model = DistributedDataParallel(network, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the setting has a new name, which older versions lack
+        model = DistributedDataParallel(network, broadcast_buffers=False)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=3e-4, fused=True)
     mean, std = (255 * torch.tensor(each).view(1, 3, 1, 1) for each in (backbone.inputs.mean, backbone.inputs.std))
     labels = torch.from_numpy(dataset.labels)
