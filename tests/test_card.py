@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from frostline.card import dataset_name, model_card
-from frostline.spec import Augment, BackboneSpec, Data, Features, Freeze, Head, Objective, Resources, Seeds, Train
+from frostline.seeds import Seeds
+from frostline.spec import Augment, BackboneSpec, Data, Features, Freeze, Head, Objective, Resources, Train
 from frostline.trialspec import Config, TrialSpec
 
 ROW = {
