@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 from scipy.special import log_softmax
-from scipy.stats import rankdata
 
 from frostline.spec import Metric
 
@@ -16,7 +15,7 @@ FURTHER: tuple[Metric, ...] = ("auroc", "top5_accuracy", "ece", "brier")
 """Those that only test is scored by, and what has one of them as its objective."""
 OF_PROBABILITIES: tuple[Metric, ...] = ("nll", "ece", "brier")
 """Those that mean nothing where outputs order classes and are no logits of probabilities."""
-TOP, BINS = 5, 15
+TOP = 5
 
 
 def scores(logits: np.ndarray, labels: np.ndarray, *also: Metric) -> dict[Metric, float]:
@@ -53,7 +52,9 @@ def auroc(logits: np.ndarray, labels: np.ndarray) -> float:
     """The area under the receiver operating characteristic of each class against the others, by its probability, averaged over
     the classes that occur in `labels` (Hand and Till 2001 discuss the kinds); of two classes it is that of either. NaN where only
     one occurs."""
-    likely = np.exp(log_softmax(logits.astype(np.float64), axis=1))
+    from scipy.stats import rankdata  # it takes half a second to import, which every process of a search would pay
+
+    likely = _likely(logits)
     areas = []
     for label in np.unique(labels):
         positive = labels == label
@@ -72,18 +73,16 @@ def top5_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def ece(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The expected calibration error (Guo et al. 2017): how far accuracy lies from confidence, in 15 bins of equal width,
-    weighted by their samples."""
-    likely = np.exp(log_softmax(logits.astype(np.float64), axis=1))
-    confidence, hit = likely.max(axis=1), likely.argmax(axis=1) == labels
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, hit - confidence, minlength=BINS)
-    return float(np.abs(gaps).sum() / len(labels))
+    """The expected calibration error, as comparisons give it: see `stats.calibration_error`."""
+    from frostline.stats import calibration_error  # so does this
+
+    likely = _likely(logits)
+    return calibration_error(likely.max(axis=1), likely.argmax(axis=1) == labels)
 
 
 def brier(logits: np.ndarray, labels: np.ndarray) -> float:
     """The mean squared distance of the probabilities from the truth, summed over classes (Brier 1950): from 0 to 2."""
-    likely = np.exp(log_softmax(logits.astype(np.float64), axis=1))
+    likely = _likely(logits)
     likely[np.arange(len(labels)), labels] -= 1
     return float(np.square(likely).sum(axis=1).mean())
 
@@ -98,4 +97,8 @@ _FURTHER: dict[Metric, Callable[[np.ndarray, np.ndarray], float]] = {
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """(N, C) class probabilities in float32."""
-    return np.exp(log_softmax(logits.astype(np.float64), axis=1)).astype(np.float32)
+    return _likely(logits).astype(np.float32)
+
+
+def _likely(logits: np.ndarray) -> np.ndarray:
+    return np.exp(log_softmax(logits.astype(np.float64), axis=1))
