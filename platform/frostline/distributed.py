@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 # a worker that does not answer is gone; Ray itself waits for 600 s
@@ -51,14 +52,16 @@ def _choose_interface() -> None:
     os.environ.update(interface_settings(ray.util.get_node_ip_address()))
 
 
-def train_together(spec: TrialSpec, study: Any) -> None:
-    """Train one trial on its workers, which Ray places wherever there is room, and start again when some are lost."""
+def train_together(spec: TrialSpec, study: Any, keep: Callable[[Any, TrialSpec], Keep]) -> None:
+    """Train one trial on its workers, which Ray places wherever there is room, and start again when some are lost. `keep` says how
+    a study keeps a trial.
+    """
     reason = ""
     for attempt in range(spec.scaling.restarts + 1):
         with tempfile.TemporaryDirectory(prefix="frostline-train-") as scratch:
             trainer = TorchTrainer(
                 _work,
-                train_loop_config={"spec": spec, "study": study},
+                train_loop_config={"spec": spec, "study": study, "keep": keep},
                 scaling_config=_scaling(spec),
                 run_config=train.RunConfig(name=f"{spec.trial_id}-{attempt}", storage_path=scratch),
                 torch_config=_Group(timeout_s=int(spec.scaling.timeout_s)),
@@ -77,18 +80,6 @@ def _reason(error: TrainingFailedError) -> str:
     complaints = [*error.worker_failures.values()] if isinstance(error, WorkerGroupError) else [error]
     lines = [line.strip() for line in str(complaints[0]).splitlines() if line.strip()]
     return f"a worker ended: {lines[-1] if lines else type(complaints[0]).__name__}"[:500]
-
-
-def keep_with(study: Any, spec: TrialSpec) -> Keep:
-    """Checkpoints through the study, which writes one while training goes on; what went wrong is raised with the next."""
-    written: list[Any] = []
-
-    def save(checkpoint: bytes) -> None:
-        if written:
-            ray.get(written.pop())
-        written.append(study.keep.remote(spec.trial_id, checkpoint))
-
-    return Keep(lambda: ray.get(study.kept.remote(spec.trial_id)), save, spec.scaling.checkpoint_s)
 
 
 def _scaling(spec: TrialSpec) -> train.ScalingConfig:
@@ -122,7 +113,7 @@ def _work(config: dict[str, Any]) -> None:
         return agreed(world, lambda: ray.get(study.report.remote({spec.trial_id: record}))[spec.trial_id])
 
     try:
-        outcome = run_trial(spec, feed=Feed(), world=world, report=report, keep=keep_with(study, spec), row=row)
+        outcome = run_trial(spec, feed=Feed(), world=world, report=report, keep=config["keep"](study, spec), row=row)
     except OWN as error:
         ray.get(study.finish.remote({spec.trial_id: failed(spec, row, records, error, 0.0)}))
         raise

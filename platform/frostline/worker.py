@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from frostline.distributed import keep_with, train_together
+from frostline.checkpoint import Keep
 from frostline.extract import extract, load, survey
 from frostline.features import Feed
 from frostline.pack import Finish, Report, run_pack
@@ -46,8 +46,10 @@ class Worker(tune.Trainable):
     def run(self, specs: Sequence[TrialSpec], report: Report, finish: Finish) -> None:
         """Train a pack, or a trial that has workers of its own."""
         if specs[0].scaling.workers > 1:
+            from frostline.distributed import train_together  # others do not pay for Ray Train
+
             for spec in specs:
-                train_together(spec, self.study)
+                train_together(spec, self.study, keep_with)
             return
         world = World.here(specs[0].resources)
         keep = partial(keep_with, self.study)
@@ -69,3 +71,15 @@ class Worker(tune.Trainable):
         except ValueError as error:
             # around what the study raised, Ray puts its traceback
             ray.get(self.study.fail.remote(getattr(error, "cause", error)))
+
+
+def keep_with(study: Any, spec: TrialSpec) -> Keep:
+    """Checkpoints through the study, which writes one while training goes on; what went wrong is raised with the next."""
+    written: list[Any] = []
+
+    def save(checkpoint: bytes) -> None:
+        if written:
+            ray.get(written.pop())
+        written.append(study.keep.remote(spec.trial_id, checkpoint))
+
+    return Keep(lambda: ray.get(study.kept.remote(spec.trial_id)), save, spec.scaling.checkpoint_s)
