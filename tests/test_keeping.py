@@ -12,7 +12,7 @@ from moto.server import ThreadedMotoServer
 import frostline
 from frostline import results
 from frostline.files import locate
-from frostline.keeping import drop_checkpoint, read_checkpoint, write_checkpoint
+from frostline.keeping import drop_checkpoint, kept_trials, read_checkpoint, write_checkpoint
 from frostline.study import Study
 from frostline.testing import toy_job
 
@@ -43,9 +43,11 @@ def test_the_latest_checkpoint_is_read_until_it_is_dropped(tmp_path: Path, uri: 
     for checkpoint in (b"one", b"two" * 1000):
         write_checkpoint(folder, "a-00000", checkpoint)
         assert read_checkpoint(folder, "a-00000") == checkpoint
+        assert kept_trials(folder) == {"a-00000"}
     assert read_checkpoint(folder, "a-00001") is None
     drop_checkpoint(folder, "a-00000")
     assert read_checkpoint(folder, "a-00000") is None
+    assert kept_trials(folder) == set()
 
 
 @pytest.mark.parametrize("where", ["folder", "uri"])

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pyarrow.fs import FileType, LocalFileSystem
+from pyarrow.fs import FileSelector, FileType, LocalFileSystem
 
 from frostline.commit import write_file
 from frostline.files import Place, reaching
+
+SUFFIX = ".safetensors"
+
+
+def kept_trials(folder: Place) -> set[str]:
+    """The trials that have one. Raises DataError."""
+    with reaching(folder):
+        found = folder.fs.get_file_info(FileSelector(folder.path, allow_not_found=True))
+    return {info.base_name.removesuffix(SUFFIX) for info in found if info.base_name.endswith(SUFFIX)}
 
 
 def write_checkpoint(folder: Place, trial_id: str, checkpoint: bytes) -> None:
@@ -39,4 +48,4 @@ def drop_checkpoint(folder: Place, trial_id: str) -> None:
 
 
 def _file(folder: Place, trial_id: str) -> Place:
-    return folder / f"{trial_id}.safetensors"
+    return folder / f"{trial_id}{SUFFIX}"

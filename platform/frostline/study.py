@@ -29,7 +29,7 @@ from frostline.costs import alone_seconds, times_of
 from frostline.depths import cut_of, end_of
 from frostline.files import locate
 from frostline.finalists import Finished, best_of, best_probe, choose_finalists, fixed, remember
-from frostline.keeping import drop_checkpoint, read_checkpoint, write_checkpoint
+from frostline.keeping import drop_checkpoint, kept_trials, read_checkpoint, write_checkpoint
 from frostline.ledger import Ledger
 from frostline.outcome import EpochRecord, Outcome, lost
 from frostline.packing import take_pack
@@ -55,7 +55,6 @@ class Running:
     records: list[EpochRecord] = field(default_factory=list)
     epoch_rows: list[dict[str, Any]] = field(default_factory=list)
     losses: int = 0  # of its workers
-    kept: bool = False  # whether there is a checkpoint to go on from
 
 
 class Study:
@@ -86,6 +85,7 @@ class Study:
             self.ledger = Ledger(self.folder)
             beside = job.scaling.checkpoints
             self.checkpoints = locate(beside) / job.name if beside else locate(str(self.folder / "checkpoints"))
+            self.with_checkpoint = kept_trials(self.checkpoints)  # to go on from
             self.seq = 0
             self.opened = time.monotonic()
             self._restore()
@@ -180,11 +180,11 @@ class Study:
         """Keep the state of a running trial, in the place of an earlier one."""
         if trial_id in self.running:
             write_checkpoint(self.checkpoints, trial_id, checkpoint)
-            self.running[trial_id].kept = True
+            self.with_checkpoint.add(trial_id)
 
     def kept(self, trial_id: str) -> bytes | None:
         """What a trial goes on from, which was interrupted in this or an earlier run of the study."""
-        return read_checkpoint(self.checkpoints, trial_id)
+        return read_checkpoint(self.checkpoints, trial_id) if trial_id in self.with_checkpoint else None
 
     def hold(self, root: str, keys: Collection[str]) -> None:
         """Keep what the trials read from being deleted for as long as the study is open."""
@@ -236,7 +236,9 @@ class Study:
         self.ledger.add("trials", [row])
         self.ledger.add("epochs", running.epoch_rows)
         self.ledger.add("predictions", outcome.predictions)
-        drop_checkpoint(self.checkpoints, trial_id)
+        if trial_id in self.with_checkpoint:
+            drop_checkpoint(self.checkpoints, trial_id)
+            self.with_checkpoint.remove(trial_id)
         del self.running[trial_id]
         self.finished.append(done)
 
@@ -245,7 +247,8 @@ class Study:
         once, one that had not begun: of a pack, the lane that takes its process with it may be any."""
         again = []
         for running in [self.running[trial_id] for trial_id in trial_ids if trial_id in self.running]:
-            allowed = self.job.scaling.restarts if running.kept else 0 if running.records else 1
+            kept = running.spec.trial_id in self.with_checkpoint
+            allowed = self.job.scaling.restarts if kept else 0 if running.records else 1
             if running.losses >= allowed:
                 outcome = lost(running.spec, running.records, reason)
                 self.finish({running.spec.trial_id: outcome})
