@@ -7,6 +7,7 @@ preprocessing, scores, hashes, versions) and `README.md` (a model card). Nothing
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from frostline.backbone import Backbone, load_backbone
 from frostline.card import model_card
 from frostline.closedform import pooled_width
 from frostline.collectives import full
-from frostline.commit import published, verify_folder
+from frostline.commit import publish_folder, published, verify_folder
 from frostline.cuts import Cut, cut_at, leave_at, round_at, widened
 from frostline.depths import end_of
 from frostline.features import EVAL_BATCH, filled, on_device, rounded_at
@@ -216,20 +217,21 @@ def full_files(folder: str | Path) -> dict[str, bytes]:
     Raises BundleError."""
     bundle = load_bundle(folder, device="cpu")
     state = {name: tensor.contiguous().clone() for name, tensor in bundle.network.state_dict().items()}
-    return {
-        "model.safetensors": safetensors.save(state),
-        "bundle.json": as_json({**bundle.about, "full": True}),
-        **{name: (published(Path(folder)) / name).read_bytes() for name in _others(folder)},
-    }
+    changed = {"model.safetensors": safetensors.save(state), "bundle.json": as_json({**bundle.about, "full": True})}
+    return {**files_of(folder), **changed}
 
 
-def _others(folder: str | Path) -> list[str]:
-    """The files of a bundle that are the same whichever tensors it holds: its card, and those of a tokenizer."""
-    return sorted(
-        path.name
-        for path in published(Path(folder)).iterdir()
-        if path.name not in ("model.safetensors", "bundle.json", "manifest.json")
-    )
+def files_of(folder: str | Path) -> dict[str, bytes]:
+    """The files of the bundle in a folder, by name: all that has to travel."""
+    names = (path for path in published(Path(folder)).iterdir() if path.name != "manifest.json")
+    return {path.name: path.read_bytes() for path in names}
+
+
+def bundle_of(files: Mapping[str, bytes], *, device: str | None = None) -> Bundle:
+    """The bundle that these are the files of. Raises what `load_bundle` raises."""
+    with tempfile.TemporaryDirectory(prefix="frostline-bundle-") as folder:
+        publish_folder(Path(folder) / "bundle", files)
+        return load_bundle(Path(folder) / "bundle", device=device)
 
 
 def as_json(about: Mapping[str, Any]) -> bytes:

@@ -22,7 +22,7 @@ from safetensors import torch as safetensors
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from frostline.bundle import Bundle, as_json, build_network, full_files, load_bundle
+from frostline.bundle import Bundle, as_json, build_network, bundle_of, full_files, load_bundle
 from frostline.commit import publish_folder
 from frostline.cuts import run_on
 from frostline.extras import extra
@@ -111,10 +111,8 @@ def export_bundle(folder: str | Path, target: str, out: Path | None = None) -> E
 
 def _whole(folder: Path, bundle: Bundle, out: Path) -> Exported:
     fed = bundle.inputs.noise(SAMPLES, bundle.size)
-    with tempfile.TemporaryDirectory(prefix="frostline-export-") as scratch:
-        files = full_files(folder)
-        publish_folder(Path(scratch) / "full", files)
-        whole = load_bundle(Path(scratch) / "full", device="cpu")
+    files = full_files(folder)
+    whole = bundle_of(files, device="cpu")
     if not np.array_equal(_logits(bundle.network)(fed), _logits(whole.network)(fed)):
         raise MismatchError(f"{folder}: with all its tensors it gives other logits")
     publish_folder(out, files)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +22,7 @@ import ray  # isort: skip (as `tune` has set it up)
 import ray.data  # isort: skip
 from ray.exceptions import RayError  # isort: skip
 
-from frostline.bundle import load_bundle
-from frostline.commit import publish_folder, published
+from frostline.bundle import bundle_of, files_of
 from frostline.parts import Part, Work, batch_of, decoded, predict_part
 from frostline.pixels import Recipe
 from frostline.samples import BadSample
@@ -41,9 +39,7 @@ class PartPredictor:
 
     def __init__(self, files: list[Any], batch: int | None, features: bool, recipe: Recipe) -> None:
         """`files` is a list of one reference to the bundle's files, name -> content."""
-        with tempfile.TemporaryDirectory(prefix="frostline-bundle-") as folder:
-            publish_folder(Path(folder) / "bundle", ray.get(files[0]))
-            self.bundle = load_bundle(Path(folder) / "bundle")
+        self.bundle = bundle_of(ray.get(files[0]))
         self.batch = batch or batch_of(self.bundle, recipe)
         self.features, self.shape, self.dtype = features, recipe.shape, recipe.dtype
 
@@ -75,8 +71,7 @@ def predict_on_ray(
 
     The bundle travels; its backbone's weights and the data must be found under the same name on every node.
     """
-    folder = published(bundle)
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+    files = files_of(bundle)
     with cluster(address) as wait:
         wait()
         there = ray.cluster_resources()

@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import socket
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,8 +36,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.schema import LoggingConfig  # isort: skip
 
 from frostline.batches import Batches
-from frostline.bundle import Bundle, load_bundle
-from frostline.commit import publish_folder, published
+from frostline.bundle import Bundle, bundle_of, files_of, load_bundle
 from frostline.features import EVAL_BATCH
 from frostline.images import BadImage
 from frostline.intake import IMAGE, Limits, Refused
@@ -277,7 +275,7 @@ def _serving(
     try:
         asks: list[Asks] = []
         for names, need in needs.items():
-            files = {name: ray.put(_files(folders[name])) for name in names}
+            files = {name: ray.put(files_of(folders[name])) for name in names}
             deployment: Any = serve.deployment(
                 name="replica",
                 num_replicas=replicas,
@@ -334,18 +332,9 @@ def _check_room(needs: Mapping[tuple[str, ...], Mapping[str, float]]) -> None:
             )
 
 
-def _files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in published(folder).iterdir() if path.name != "manifest.json"}
-
-
 def _received(files: Mapping[str, Any]) -> dict[str, Bundle]:
     """Bundles of references to their files."""
-    bundles: dict[str, Bundle] = {}
-    with tempfile.TemporaryDirectory(prefix="frostline-bundle-") as folder:
-        for name, held in files.items():
-            publish_folder(Path(folder) / name, ray.get(held))
-            bundles[name] = load_bundle(Path(folder) / name)
-    return bundles
+    return {name: bundle_of(ray.get(held)) for name, held in files.items()}
 
 
 @dataclass(frozen=True)
