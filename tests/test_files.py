@@ -1,9 +1,8 @@
 from collections.abc import Iterator
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
+from _s3 import s3_endpoint
 from frostline.files import DataError, locate, nearest, reaching, read_bytes, scan
 from frostline.images import BadImage
 
@@ -13,22 +12,11 @@ USER, PASSWORD = "AKIACANARY", "sec+ret/canary"
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     """host:port of a real S3 endpoint on loopback, holding s3://data/pets/cat/a.png."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = boto3.client(
-        "s3",
-        endpoint_url=f"http://{host}:{port}",
-        aws_access_key_id="k",
-        aws_secret_access_key="s",
-        region_name="us-east-1",
-    )
-    client.create_bucket(Bucket="data")
-    client.put_object(Bucket="data", Key="pets/cat/a.png", Body=b"meow")
-    client.put_object(Bucket="data", Key="pets/.hidden/b.png", Body=b"")
-    yield f"{host}:{port}"
-    client.close()
-    server.stop()
+    with s3_endpoint() as (place, client):
+        client.create_bucket(Bucket="data")
+        client.put_object(Bucket="data", Key="pets/cat/a.png", Body=b"meow")
+        client.put_object(Bucket="data", Key="pets/.hidden/b.png", Body=b"")
+        yield place
 
 
 def options(endpoint: str) -> str:

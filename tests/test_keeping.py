@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 import frostline
+from _s3 import s3_endpoint
 from frostline import results
 from frostline.files import locate
 from frostline.keeping import drop_checkpoint, kept_trials, read_checkpoint, write_checkpoint
@@ -20,19 +19,9 @@ from frostline.testing import toy_job
 @pytest.fixture(scope="module")
 def uri() -> Iterator[str]:
     """A bucket of a real S3 endpoint."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = boto3.client(
-        "s3",
-        endpoint_url=f"http://{host}:{port}",
-        aws_access_key_id="k",
-        aws_secret_access_key="s",
-        region_name="us-east-1",
-    )
-    client.create_bucket(Bucket="kept")
-    yield f"s3://k:s@kept/deep?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-    server.stop()
+    with s3_endpoint() as (place, client):
+        client.create_bucket(Bucket="kept")
+        yield f"s3://k:s@kept/deep?endpoint_override={place}&scheme=http&region=us-east-1"
 
 
 @pytest.mark.parametrize("where", ["folder", "uri"])

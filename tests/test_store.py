@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from moto.server import ThreadedMotoServer
 
+from _s3 import s3_endpoint
 from frostline.shards import FeatureError, Rows
 from frostline.store import Store, key_of
 
@@ -42,16 +41,8 @@ def store(tmp_path) -> Store:
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[tuple[str, Any]]:
     """host:port of a real S3 endpoint on loopback, and a client of it."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    client = boto3.client(
-        "s3", endpoint_url=url, aws_access_key_id="k", aws_secret_access_key="s", region_name="us-east-1"
-    )
-    yield f"{host}:{port}", client
-    client.close()
-    server.stop()
+    with s3_endpoint() as found:
+        yield found
 
 
 @pytest.fixture
