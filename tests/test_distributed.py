@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 import frostline
 from frostline import results
 from frostline.api import SearchFailedError
-from frostline.jobfile import as_toml, parse_job
+from frostline.jobfile import as_toml
 from frostline.spec import Job
-from frostline.testing import toy_job
+from frostline.testing import toy_job, toy_training
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"),
@@ -51,13 +51,14 @@ def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def job_of(folder: Path, *overrides: str) -> Job:
     """A training of seconds: all of the network, under plain SGD."""
-    raw = toy_job(folder, arms={}).model_dump(mode="json", exclude_unset=True)
-    del raw["search"], raw["confirm"], raw["arms"]
-    raw["backbone"] = {"name": PLAIN, "weights": "random"}
-    raw["train"] |= {"optimizer": "sgd", "lr": 0.05, "head_lr": 0.05, "epochs": 3}
-    raw["head"] = {"hidden": 16, "dropout": 0.3}
-    raw["resources"] = {"cpus": 0.5}
-    return parse_job(raw, overrides)
+    return toy_training(
+        folder,
+        overrides,
+        backbone={"name": PLAIN, "weights": "random"},
+        train={"batch_size": 32, "optimizer": "sgd", "lr": 0.05, "head_lr": 0.05, "epochs": 3},
+        head={"hidden": 16, "dropout": 0.3},
+        resources={"cpus": 0.5},
+    )
 
 
 def model_of(study: Path) -> dict[str, Any]:

@@ -41,13 +41,12 @@ from frostline.estimate import (
     stage_times,
 )
 from frostline.fixed import fixed_job
-from frostline.jobfile import parse_job
 from frostline.plan import render_plan
 from frostline.prepare import prepare
 from frostline.propose import SpaceError
 from frostline.spec import Job, Pruner, Resources
 from frostline.stages import StageCost
-from frostline.testing import image_folder, toy_job
+from frostline.testing import image_folder, toy_job, toy_training
 
 STAGES = tuple(
     StageCost(name, parameters, parameters / 1000, 0, share, 40)
@@ -402,8 +401,7 @@ def test_a_plan_fits_100_columns_and_says_what_it_stands_on(tmp_path: Path) -> N
 
 
 def test_a_training_has_a_plan_too(tmp_path: Path) -> None:
-    raw = toy_job(tmp_path, arms={}).model_dump(mode="json", exclude_unset=True)
-    text = plan(fixed_job(parse_job({key: raw[key] for key in raw if key not in ("arms", "search", "confirm")})))
+    text = plan(fixed_job(toy_training(tmp_path)))
     assert "block2" in text
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "trials 0 0" in lines

@@ -14,19 +14,12 @@ from frostline.comparison import compare
 from frostline.fixed import best_job, fixed_job
 from frostline.jobfile import JobError, parse_job
 from frostline.spec import Job
-from frostline.testing import TOY_BACKBONE, toy_job
+from frostline.testing import toy_job, toy_training
 
 
 def one(folder: Path, *overrides: str) -> Job:
-    raw = {
-        "name": "one",
-        "results": str(folder),
-        "data": {"path": "digits", "image_size": 16, "per_class": 10},
-        "backbone": {"name": TOY_BACKBONE, "weights": "random"},
-        "freeze": {"strategy": "freeze_depth", "depth": 1},
-        "train": {"epochs": 2},
-    }
-    return parse_job(raw, overrides)
+    freeze = {"strategy": "freeze_depth", "depth": 1}
+    return toy_training(folder, overrides, name="one", freeze=freeze, train={"epochs": 2})
 
 
 def test_a_configuration_is_trained_once_unless_the_job_says_more(tmp_path: Path) -> None:

@@ -51,12 +51,9 @@ TRAIN = """
 import sys
 from pathlib import Path
 import frostline
-from frostline.jobfile import parse_job
-from frostline.testing import toy_job
+from frostline.testing import toy_training
 
-raw = toy_job(Path(sys.argv[2]), sys.argv[3:]).model_dump(mode="json", exclude_unset=True)
-del raw["arms"], raw["search"], raw["confirm"]
-frostline.train(parse_job(raw), address=sys.argv[1])
+frostline.train(toy_training(Path(sys.argv[2]), sys.argv[3:]), address=sys.argv[1])
 """
 
 PLAIN = ("search.sampler=qmc", "search.pruner.kind=none", "features.cache=none")

@@ -142,3 +142,10 @@ def toy_job(results: Path, overrides: Sequence[str] = (), **sections: Any) -> Jo
         },
     }
     return parse_job({**raw, **sections}, overrides)
+
+
+def toy_training(results: Path, overrides: Sequence[str] = (), **sections: Any) -> Job:
+    """A training of a second: what `toy_job` searches, without its arms."""
+    raw = toy_job(results).model_dump(mode="json", exclude_unset=True)
+    kept = {key: value for key, value in raw.items() if key not in ("arms", "search", "confirm")}
+    return parse_job({**kept, **sections}, overrides)
