@@ -117,6 +117,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_submission(commands)
 
+    _add_reading(commands)
+    _add_bundles(commands)
+    _add_features(commands)
+    _add_cluster(commands)
+    _command(commands, "schema", _schema, "print the JSON Schema of a job file, for editors")
+
+    init = _command(commands, "init", _init, "write a commented job file to start from")
+    init.add_argument("path", nargs="?", default="job.toml", help="where to write it (default: job.toml)")
+    return parser
+
+
+def _add_reading(commands) -> None:
+    """`results`, `compare`, `report` and `track`: what is made of a study's rows."""
     shown = _command(commands, "results", _results, "show a study's leaderboard, or query its tables")
     shown.add_argument("study", help="the study's folder, for example results/quickstart")
     how = shown.add_mutually_exclusive_group()
@@ -155,31 +168,6 @@ def build_parser() -> argparse.ArgumentParser:
     tracked.add_argument(
         "--out", metavar="PATH", help="the file (optuna, mlflow) or folder (default: in the study's folder `tracked`)"
     )
-
-    _add_bundles(commands)
-
-    stored = commands.add_parser(
-        "features", help="list, verify or clean a feature store", description="List, verify or clean a feature store."
-    )
-    whats = stored.add_subparsers(required=True, metavar="WHAT")
-    _add_root(
-        _command(whats, "list", feature_commands.list_features, "show what is stored, the least recently used first")
-    )
-    _add_root(
-        _command(whats, "verify", feature_commands.verify_features, "read every byte of it, and show what is damaged")
-    )
-    clean = _command(whats, "clean", feature_commands.clean_features, "delete what no search is using")
-    _add_root(clean)
-    clean.add_argument(
-        "--unused-days", type=_days, default=0.0, metavar="N", help="only what was not used for N days (default: 0)"
-    )
-
-    _add_cluster(commands)
-    _command(commands, "schema", _schema, "print the JSON Schema of a job file, for editors")
-
-    init = _command(commands, "init", _init, "write a commented job file to start from")
-    init.add_argument("path", nargs="?", default="job.toml", help="where to write it (default: job.toml)")
-    return parser
 
 
 def _add_bundles(commands) -> None:
@@ -221,6 +209,24 @@ def _add_bundles(commands) -> None:
 
     bundle_commands.serve_arguments(
         _command(commands, "serve", bundle_commands.serve, "answer images over HTTP with bundles, on Ray Serve")
+    )
+
+
+def _add_features(commands) -> None:
+    stored = commands.add_parser(
+        "features", help="list, verify or clean a feature store", description="List, verify or clean a feature store."
+    )
+    whats = stored.add_subparsers(required=True, metavar="WHAT")
+    _add_root(
+        _command(whats, "list", feature_commands.list_features, "show what is stored, the least recently used first")
+    )
+    _add_root(
+        _command(whats, "verify", feature_commands.verify_features, "read every byte of it, and show what is damaged")
+    )
+    clean = _command(whats, "clean", feature_commands.clean_features, "delete what no search is using")
+    _add_root(clean)
+    clean.add_argument(
+        "--unused-days", type=_days, default=0.0, metavar="N", help="only what was not used for N days (default: 0)"
     )
 
 

@@ -79,10 +79,7 @@ def trial_steps(
 
     end = end_of(config.head, len(backbone.stages))
     plan = compile_plan(config.freeze, backbone.stages, end, config.train.epochs)
-    trunk = on_device(backbone, CPU if world.sharded else world.device)  # no device may hold all of it
-    network = Network(spanning_norms(world, trunk) if plan.live_statistics else trunk, head_of(spec, origin))
-    adapt(network.backbone, config.freeze, backbone.stages[plan.cut : plan.end], spec.seeds.head)
-    phases = apply_plan(plan, network, backbone)
+    network, phases = network_of(spec, origin, plan, world)
     applied = whole(phases)
     row |= describe_network(network, applied, backbone, plan, config.train)
     row |= {
@@ -174,6 +171,15 @@ def training_id(spec: TrialSpec, row: dict[str, Any]) -> str:
     """What a checkpoint is of: all that a training's bits depend on, the number of its workers apart, which may change."""
     columns = ("device", "precision", "data_hash", "split_hash", "weights_hash", "versions")
     return digest([spec.model_dump(mode="json", exclude={"scaling"}), *(row[column] for column in columns)])
+
+
+def network_of(spec: TrialSpec, origin: Origin, plan: Plan, world: World) -> tuple[Network, list[Applied]]:
+    """The trial's network as it starts, for images or texts, and what each phase of the plan means for it."""
+    backbone, freeze = origin.backbone, spec.config.freeze
+    trunk = on_device(backbone, CPU if world.sharded else world.device)  # no device may hold all of it
+    network = Network(spanning_norms(world, trunk) if plan.live_statistics else trunk, head_of(spec, origin))
+    adapt(network.backbone, freeze, backbone.stages[plan.cut : plan.end], spec.seeds.head)
+    return network, apply_plan(plan, network, backbone)
 
 
 def head_of(spec: TrialSpec, origin: Origin) -> nn.Sequential:
