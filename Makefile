@@ -1,6 +1,7 @@
 # make quickstart   install, then run jobs/quickstart.toml on a local Ray
 # make test         install with the test extras, then lint, type-check and run the default test suite
 # make test-slow    the tests that take minutes, with the extras that only they need
+# make test-faults  the tests of the fault matrix, the long ones too; writes docs/reliability.md
 # make bench        every benchmark; each ends with one line of JSON
 #
 # VENV is where the virtual environment goes (about 6 GB), PYTHON what makes it (3.11 or newer).
@@ -9,7 +10,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow check bench clean
+.PHONY: quickstart test test-slow test-faults check bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/frostline search jobs/quickstart.toml
@@ -19,6 +20,9 @@ test: check
 
 test-slow: $(VENV)/.installed-slow
 	$(BIN)/pytest -m slow
+
+test-faults: $(VENV)/.installed-slow
+	$(BIN)/pytest -m fault --kills 50 --faults docs/reliability.md
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

@@ -89,17 +89,20 @@ def check(backbone: Backbone, freeze: Freeze, epoch: int, steps: int, **config: 
         assert torch.equal(tensor, tensors(again)[name]), name
 
 
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("strategy", [each for each in STRATEGIES if each not in ("lora", "dora")])
 def test_every_strategy_goes_on_to_the_bit(toy: Backbone, strategy: str) -> None:
     for epoch in range(1, EPOCHS):
         check(toy, freezing(strategy), epoch, steps=epoch % 3)
 
 
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_so_does_every_strategy_of_a_transformer(vit: Backbone, strategy: str) -> None:
     check(vit, freezing(strategy), 2, steps=1)
 
 
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("strategy", ["gradual", "lp_ft"])
 def test_every_way_to_train_goes_on_to_the_bit(toy: Backbone, strategy: str, config: dict[str, Any]) -> None:
@@ -112,6 +115,7 @@ def kept(toy: Backbone) -> bytes:
     return interrupted(training_of(toy, Freeze(strategy="full")), 1, 0)
 
 
+@pytest.mark.fault(23)
 @settings(max_examples=60)
 @given(data=st.data())
 def test_a_flipped_bit_is_seen(kept: bytes, data: st.DataObject) -> None:
@@ -121,6 +125,7 @@ def test_a_flipped_bit_is_seen(kept: bytes, data: st.DataObject) -> None:
     refused(bytes(hurt))
 
 
+@pytest.mark.fault(22)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused(found: bytes) -> None:
     refused(found)

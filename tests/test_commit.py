@@ -192,6 +192,7 @@ def test_pages_carry_checksums_for_other_readers(study: Path) -> None:
     assert caught > 50
 
 
+@pytest.mark.fault(26, 27)
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("first", [True, False], ids=["first part", "later part"])
 def test_a_commit_that_fails_at_any_step_is_old_or_new(first: bool, kind: str, study: Path, tmp_path: Path) -> None:
@@ -256,6 +257,7 @@ def test_nothing_is_visible_before_all_of_it_is_durable(study: Path) -> None:
     assert after.index(("fsync", RECORD)) < after.index(("replace", "asks/part-000001.parquet"))
 
 
+@pytest.mark.fault(27)
 def test_a_real_limit_on_file_size_leaves_the_old_state(study: Path) -> None:
     noise = random.Random(0)
     big = pa.Table.from_pylist([{"id": i, "text": noise.randbytes(40).hex(), "values": []} for i in range(500)], SCHEMA)
@@ -270,6 +272,7 @@ def test_a_real_limit_on_file_size_leaves_the_old_state(study: Path) -> None:
     assert not temporary(study)
 
 
+@pytest.mark.fault(24)
 def test_a_flipped_bit_is_never_read(study: Path) -> None:
     """Matrix row 24, and more: one bit of each byte, footers included."""
     noise = random.Random(24)
@@ -286,6 +289,7 @@ def test_a_flipped_bit_is_never_read(study: Path) -> None:
     assert state(study) == OLD
 
 
+@pytest.mark.fault(24, 25)
 def test_a_truncated_or_missing_file_is_named(study: Path) -> None:
     path = study / "epochs" / "part-000000.parquet"
     good = path.read_bytes()
@@ -317,6 +321,7 @@ def test_the_remedy_for_damage_works(study: Path) -> None:
     assert next_part(study, RECORD) == 2
 
 
+@pytest.mark.fault(25)
 def test_what_has_no_record_is_ignored(study: Path) -> None:
     """Matrix row 25; a table that the next commit of that number leaves out stays ignored."""
     (study / "epochs/part-000001.parquet").write_bytes(b"torn")
@@ -327,6 +332,7 @@ def test_what_has_no_record_is_ignored(study: Path) -> None:
     assert state(study) == {**OLD, RECORD: [100, 200]}
 
 
+@pytest.mark.fault(25)
 def test_clean_removes_only_names_that_we_make(study: Path) -> None:
     token = "0123456789ab"
     ours = [
@@ -351,6 +357,7 @@ def test_clean_removes_only_names_that_we_make(study: Path) -> None:
     assert state(study) == OLD
 
 
+@pytest.mark.fault(25)
 def test_clean_leaves_what_a_damaged_record_may_name(study: Path) -> None:
     """A crash right after the commit, then a flipped bit in the record: with the record back, so is everything."""
     for copy, _ in sweep(lambda copy: commit_part(copy, tables(200), 1), CRASH, study):
@@ -373,6 +380,7 @@ def test_clean_does_not_put_a_lost_attempt_in_place(study: Path) -> None:
             assert not temporary(copy)
 
 
+@pytest.mark.fault(48)
 def test_versions_and_columns_are_checked(tmp_path: Path) -> None:
     newer = rows(1).replace_schema_metadata({VERSION: b"2"})
     write_table(tmp_path / "t.parquet", newer)
@@ -411,6 +419,7 @@ def python(script: str, *args: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.fault(32)
 def test_of_two_processes_exactly_one_commits_a_part(tmp_path: Path) -> None:
     racers = [python(RACER, tmp_path, me) for me in (1, 2)]
     won = [[int(line) for line in racer.communicate(timeout=60)[0].split()] for racer in racers]
@@ -435,6 +444,7 @@ time.sleep(float(sys.argv[2]))
 """
 
 
+@pytest.mark.fault(32, 33)
 def test_a_second_process_is_told_who_holds_the_study(tmp_path: Path) -> None:
     """Matrix row 32; row 33: a paused holder is still the holder."""
     holder = python(HOLDER, tmp_path, 60)
@@ -537,6 +547,7 @@ def test_a_file_system_without_links_is_refused_at_the_start(tmp_path: Path, mon
     Lease.take(tmp_path, {}).release()
 
 
+@pytest.mark.fault(26, 27)
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_file_that_is_replaced_is_old_or_new(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "f"
@@ -557,6 +568,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
 
 
+@pytest.mark.fault(26, 27)
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_folder_that_is_replaced_is_old_or_new(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "s"

@@ -188,6 +188,7 @@ def test_groups_never_cross_even_through_copies(tmp_path):
         assert split_of["g0"] == split_of["g1"]
 
 
+@pytest.mark.fault(38, 40)
 def test_bad_samples_stop_the_job_with_one_list(tmp_path):
     classes_of(tmp_path, 10)
     for i in range(12):
@@ -205,6 +206,7 @@ def test_bad_samples_stop_the_job_with_one_list(tmp_path):
     assert len(lines) == 13
 
 
+@pytest.mark.fault(38, 40)
 def test_bad_samples_can_be_excluded_with_their_reasons(tmp_path):
     classes_of(tmp_path, 10)
     clean = load(tmp_path)
@@ -225,6 +227,7 @@ def test_bad_samples_can_be_excluded_with_their_reasons(tmp_path):
     np.testing.assert_array_equal(dataset.inputs, clean.inputs)
 
 
+@pytest.mark.fault(40)
 def test_duplicates_across_given_splits_leave_train_first_and_test_never(tmp_path):
     with_splits(tmp_path)
     for name in ("train/cat/0.png", "val/cat/0.png", "test/cat/0.png"):
@@ -272,6 +275,7 @@ def test_what_has_been_left_out_leaks_no_more(tmp_path):
     assert dataset.excluded == (("d.parquet:16", "duplicate: same content as d.parquet:20 in test"),)
 
 
+@pytest.mark.fault(40)
 def test_what_cannot_be_used_at_all_is_always_an_error(tmp_path):
     exclude = {"on_bad": "exclude"}
     with pytest.raises(DataError, match=r"has only samples of class 'cat'; at least two classes are needed$"):

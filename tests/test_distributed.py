@@ -197,7 +197,14 @@ def train_workers(driver: psutil.Process) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["kill", "stop", "driver"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("kill", marks=pytest.mark.fault(1)),
+        pytest.param("stop", marks=pytest.mark.fault(2)),
+        pytest.param("driver", marks=pytest.mark.fault(13, 21)),
+    ],
+)
 def test_what_a_lost_process_had_saved_is_not_lost(
     tmp_path: Path, driver: Callable[[], psutil.Process], fault: str
 ) -> None:

@@ -111,6 +111,7 @@ def test_a_clock_is_not_judged_by_less_than_its_error() -> None:
     assert found_on(facts_of(), facts_of("other", clock={"offset_s": 3.0, "error_s": 2.5})) == {}
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize(("free_gb", "state"), [(400, None), (20, "fail"), (9, "fail"), (0.5, "fail")])
 def test_a_temporary_folder_that_is_full_to_95_percent_is_refused_by_ray(free_gb: float, state: str | None) -> None:
     disk = {"path": "/tmp/ray", "there": "/tmp", "free_bytes": free_gb * GB, "total_bytes": 500 * GB}
@@ -168,6 +169,7 @@ def head(tmp_path: Path) -> Iterator[Head]:
         yield started
 
 
+@pytest.mark.fault(31)
 def test_every_node_of_a_cluster_is_examined(tmp_path: Path, head: Head) -> None:
     study = tmp_path / "shared"
     study.mkdir()

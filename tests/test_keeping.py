@@ -39,6 +39,7 @@ def test_the_latest_checkpoint_is_read_until_it_is_dropped(tmp_path: Path, uri: 
     assert kept_trials(folder) == set()
 
 
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("where", ["folder", "uri"])
 def test_a_study_that_was_interrupted_goes_on_from_what_was_kept(
     tmp_path: Path, uri: str, where: str, monkeypatch: pytest.MonkeyPatch

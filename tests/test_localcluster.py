@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -158,6 +159,7 @@ def test_a_search_uses_several_nodes_and_gives_the_rows_of_an_inline_run(cluster
         assert len(nodes) > 1
 
 
+@pytest.mark.fault(5)
 @needs_namespaces
 def test_a_search_goes_on_without_a_node_that_was_killed(cluster: Cluster, tmp_path: Path) -> None:
     job = toy_job(tmp_path / "study", [*PLAIN, "search.trials=12", "train.epochs=40"])
@@ -176,13 +178,32 @@ def test_a_search_goes_on_without_a_node_that_was_killed(cluster: Cluster, tmp_p
     assert {row["node"] for row in rows} - {lost, None}, "others have done the rest"
 
 
+def freeze(name: str) -> None:
+    """Stop all processes of a node where they are."""
+    signal_all(name, signal.SIGSTOP)
+
+
+def signal_all(name: str, number: int) -> None:
+    for pid in localcluster._processes(localcluster._node(localcluster._there(), name)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
 @pytest.mark.slow
 @needs_namespaces
-@pytest.mark.parametrize("fault", [localcluster.kill, localcluster.cut])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(localcluster.kill, marks=pytest.mark.fault(5)),
+        pytest.param(localcluster.cut, marks=pytest.mark.fault(9)),
+        pytest.param(freeze, marks=pytest.mark.fault(8)),
+    ],
+)
 def test_a_training_goes_on_without_a_node_that_is_lost(
     cluster: Cluster, tmp_path: Path, fault: Callable[[str], None]
 ) -> None:
-    """Two workers on two of three nodes; one of these goes, and the training ends with the bits of one that had both."""
+    """Two workers on two of three nodes; one of these goes, and the training ends with the bits of one that had both. What the
+    lost ones say when they are back changes nothing."""
     options = ("scaling.workers=2", "scaling.checkpoint_s=0", "train.epochs=30", "data.per_class=40")
     training = driver(cluster, TRAIN, str(tmp_path / "study"), *options)
     kept = tmp_path / "study" / "checkpoints" / "train-00000-c0.safetensors"
@@ -195,14 +216,18 @@ def test_a_training_goes_on_without_a_node_that_is_lost(
     assert (row["status"], row["epochs"]) == ("complete", 30)
     assert lost not in (used := row["node"].split(", "))
     assert len(used) == 2
-    assert sorted(row["epoch"] for row in results.read_epochs(tmp_path / "study").to_pylist()) == [*range(1, 31)]
+    if fault is freeze:
+        signal_all(lost, signal.SIGCONT)
     localcluster.heal(lost)
     wait_until(lambda: localcluster._registered(cluster)[lost])
+    assert sorted(row["epoch"] for row in results.read_epochs(tmp_path / "study").to_pylist()) == [*range(1, 31)]
+    assert len(results.read_trials(tmp_path / "study")) == 1
     answer(driver(cluster, TRAIN, str(tmp_path / "undisturbed"), *options))
     models = [(tmp_path / name / "bundle" / "model.safetensors").read_bytes() for name in ("study", "undisturbed")]
     assert models[0] == models[1]
 
 
+@pytest.mark.fault(7)
 @pytest.mark.slow
 @needs_namespaces
 def test_a_training_that_may_goes_on_with_fewer_workers(cluster: Cluster, tmp_path: Path) -> None:
@@ -224,6 +249,25 @@ def trains(raylet: int) -> bool:
     """Whether a worker of Ray Train runs on the node."""
     below = psutil.Process(raylet).children(recursive=True)
     return any("RayTrainWorker" in " ".join(process.cmdline()) for process in below)
+
+
+@pytest.mark.slow
+@needs_namespaces
+@pytest.mark.fault(10)
+def test_a_slow_network_changes_no_number(cluster: Cluster, tmp_path: Path) -> None:
+    """256 kbit/s to and from each node."""
+    options = (*PLAIN, "search.trials=3", "confirm.seeds=1")
+    links = [node.link for node in cluster.nodes[1:] if node.link]
+    for link in links:
+        limit = ["root", "tbf", "rate", "256kbit", "burst", "16kb", "latency", "400ms"]
+        subprocess.run(["tc", "qdisc", "add", "dev", link, *limit], check=True)
+    try:
+        answer(driver(cluster, SEARCH, str(tmp_path / "slow" / "study"), *options))
+    finally:
+        for link in links:
+            subprocess.run(["tc", "qdisc", "del", "dev", link, "root"], check=True)
+    answer(driver(cluster, SEARCH, str(tmp_path / "fast" / "study"), *options))
+    assert numbers(tmp_path / "slow" / "study") == numbers(tmp_path / "fast" / "study")
 
 
 @pytest.mark.slow
@@ -257,6 +301,7 @@ def test_the_commands_say_what_there_is_and_the_token_stays_secret(
         assert token.read_text() not in path.read_text()
 
 
+@pytest.mark.fault(50)
 def test_down_leaves_nothing(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     assert traces(cluster)
     assert main(["cluster", "down"]) == 0
@@ -273,6 +318,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path))
 
 
+@pytest.mark.fault(50)
 @pytest.mark.usefixtures("own_cache")
 def test_a_node_that_does_not_start_leaves_nothing_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_START_HOOK", "missing_module.hook")
@@ -284,6 +330,7 @@ def test_a_node_that_does_not_start_leaves_nothing_and_says_why(monkeypatch: pyt
     assert set(Path(tempfile.gettempdir()).glob("frostline-*")) == before
 
 
+@pytest.mark.fault(50)
 @pytest.mark.usefixtures("own_cache")
 def test_down_cleans_up_after_an_up_that_was_killed() -> None:
     starting = subprocess.Popen([sys.executable, "-m", "frostline.cli", "cluster", "up", "--nodes", "2", "--cpus", "1"])
@@ -299,6 +346,65 @@ def test_down_cleans_up_after_an_up_that_was_killed() -> None:
     assert traces(half)
     localcluster.down()
     assert traces(half) == []
+
+
+@pytest.fixture
+def alone(own_cache: None) -> Iterator[Cluster]:
+    """One node beside the head."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_health_check_period_ms", "500")
+        patch.setenv("RAY_health_check_timeout_ms", "1000")
+        patch.setenv("RAY_health_check_failure_threshold", "4")
+        yield localcluster.up(1, 2)
+        localcluster.down()
+
+
+LONG = (*PLAIN, "search.trials=8", "train.epochs=40", "confirm.seeds=1", "scaling.timeout_s=20")
+
+
+def begun(cluster: Cluster, study: Path) -> subprocess.Popen:
+    """A search that has committed a row."""
+    searching = driver(cluster, SEARCH, str(study), *LONG)
+    wait_until(lambda: committed(study) or searching.poll() is not None, 120)
+    assert searching.poll() is None, searching.communicate()
+    return searching
+
+
+def each_row_once(study: Path, before: set[str]) -> None:
+    rows = [row["trial_id"] for row in results.read_trials(study).to_pylist()]
+    assert len(rows) == len(set(rows)) == 8 + 1
+    assert before <= set(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(6)
+def test_a_search_whose_only_node_is_gone_says_so_and_goes_on_when_it_is_back(alone: Cluster, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    searching = begun(alone, study)
+    localcluster.kill("node1")
+    _, said = searching.communicate(timeout=120)
+    assert searching.returncode == 1
+    assert "PlacementError: a trial needs 1 CPUs and 0 GPUs on one node" in said
+    before = committed(study)
+    assert before
+    localcluster.heal("node1")
+    answer(driver(alone, SEARCH, str(study), *LONG))
+    each_row_once(study, before)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(15)
+def test_a_search_whose_head_is_gone_ends_and_goes_on_on_another_cluster(alone: Cluster, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    searching = begun(alone, study)
+    localcluster.kill("head")
+    searching.communicate(timeout=240)
+    assert searching.returncode
+    before = committed(study)
+    assert before
+    localcluster.down()
+    answer(driver(localcluster.up(1, 2), SEARCH, str(study), *LONG))
+    each_row_once(study, before)
 
 
 @pytest.mark.slow

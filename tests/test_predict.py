@@ -185,6 +185,7 @@ predict.predict_data(sys.argv[1], "digits", sys.argv[2])
 """
 
 
+@pytest.mark.fault(43)
 @pytest.mark.usefixtures("parts_of_64")
 def test_killed_twice_and_run_again_it_has_each_row_once(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

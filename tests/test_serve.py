@@ -637,6 +637,7 @@ def test_the_page_in_a_browser(server: Server, tmp_path: Path) -> None:
         browser.quit()
 
 
+@pytest.mark.fault(44)
 @pytest.mark.slow
 def test_a_real_server(server: Server, bundles: dict[str, Path]) -> None:
     """Numbers, refusals, a replica that dies under load, and an end with nothing left."""

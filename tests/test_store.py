@@ -275,6 +275,7 @@ def test_a_shard_that_does_not_look_intact_is_missing_and_made_anew(store, kind,
     assert len(names(Path(store.root, KEY))) == 5
 
 
+@pytest.mark.fault(24)
 def test_no_flipped_bit_survives_verification(store):
     chance = random.Random(0)
     parts = {}
@@ -329,6 +330,7 @@ except FeatureError as error:
 """
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize(("limit", "width", "left"), [(50_000, 100, []), (5_000, 1, [".rows"])])
 def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_nothing_half_published(store, limit, width, left):
     shown = python(FULL, store.root, limit, width).communicate()[0]

@@ -455,6 +455,7 @@ def replay(job: Job) -> tuple[int, int]:
     return compared, sum(len(entries) > 1 for _, _, entries in events)
 
 
+@pytest.mark.fault(47)
 @either_way
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_the_recorded_order_replays_to_the_same_proposals_and_stops(
@@ -474,6 +475,7 @@ def test_the_recorded_order_replays_to_the_same_proposals_and_stops(
     assert together > 40, "batches of proposals at least"
 
 
+@pytest.mark.fault(47)
 def test_the_replay_notices_reports_that_were_heard_together(
     study_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -500,6 +502,7 @@ def interrupt(study: Study) -> None:
     study.lease.release()
 
 
+@pytest.mark.fault(12)
 @either_way
 def test_a_study_that_is_killed_anywhere_ends_with_every_row_once(study_folder: Path, facts: Mapping[str, Any]) -> None:
     job = toy_job(study_folder, ["search.trials=30", "search.sampler=random", "search.lanes=4"])
@@ -525,6 +528,7 @@ def test_a_study_that_is_killed_anywhere_ends_with_every_row_once(study_folder: 
     assert len(asks) == len(set(asks)) == 30
 
 
+@pytest.mark.fault(12)
 def test_of_a_pack_that_is_killed_what_had_finished_is_kept_and_the_rest_runs_again(study_folder: Path) -> None:
     job = toy_job(study_folder, ["search.trials=9", "search.sampler=random"], arms=arms_of(probe="linear_probe"))
     study = open_study(job, LANES)
@@ -551,6 +555,7 @@ def test_of_a_pack_that_is_killed_what_had_finished_is_kept_and_the_rest_runs_ag
     assert len(epochs) == len(set(epochs)) == sum(row["epochs"] for row in rows.values())
 
 
+@pytest.mark.fault(12)
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kills=st.lists(st.integers(0, 9), max_size=5), at_once=st.integers(1, 3), packed=st.booleans())
 def test_kills_between_commits_change_no_row_of_a_sampler_that_does_not_look(
@@ -610,6 +615,7 @@ def test_more_trials_extend_a_study(study_folder: Path) -> None:
         open_study(job)
 
 
+@pytest.mark.fault(41)
 def test_another_job_is_told_what_differs(study_folder: Path) -> None:
     study = open_study(toy_job(study_folder))
     run_pack(study, study.ask())
@@ -634,6 +640,7 @@ def test_where_activations_are_may_change_and_what_they_are_may_not(study_folder
         open_study(toy_job(study_folder, ["search.lanes=8"]))
 
 
+@pytest.mark.fault(32)
 def test_a_second_driver_is_told_who_holds_the_study(study_folder: Path) -> None:
     study = open_study(toy_job(study_folder))
     script = (
@@ -747,6 +754,7 @@ def test_differences_are_named_by_dotted_key() -> None:
     }
 
 
+@pytest.mark.fault(46)
 def test_two_studies_of_one_job_are_equal_whatever_runs_at_once(tmp_path: Path) -> None:
     """qmc and no pruning: the set of rows depends neither on packs nor on the order in which trials end."""
     found = []

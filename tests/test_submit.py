@@ -231,6 +231,7 @@ def test_a_submitted_search_runs_to_its_end_and_is_there_to_ask_for(head: Head, 
     assert f"report: {tmp_path}/study/report.html" in logs.stdout
 
 
+@pytest.mark.fault(19)
 def test_a_job_that_no_node_can_hold_answers_with_its_exit_status(head: Head, tmp_path: Path) -> None:
     write_job()
     done = head.run(tmp_path, "submit", "job.toml", "resources.cpus=512", "--address", head.dashboard)
@@ -263,6 +264,7 @@ def test_a_job_that_is_not_there_and_a_cluster_that_is_not(head: Head, tmp_path:
     assert "Traceback" not in done.stdout
 
 
+@pytest.mark.fault(18)
 @pytest.mark.slow
 def test_a_stopped_job_goes_on_when_it_is_submitted_again(head: Head, tmp_path: Path) -> None:
     """With more trials, so that the package and with it the folder of the weights are others."""

@@ -107,6 +107,7 @@ def test_a_stop_after_the_last_epoch_is_no_stop(tmp_path: Path) -> None:
     assert row["status"] == "complete"
 
 
+@pytest.mark.fault(34)
 def test_a_diverging_trial_fails_as_non_finite(tmp_path: Path) -> None:
     job = toy_job(tmp_path, ["train.optimizer=sgd", "train.weight_decay=1.0", "train.schedule=constant"])
     row = run(spec_of(job, {"freeze.depth": 0, "train.lr": 10.0, "train.head_lr": 10.0})).row

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ def same_on_ray(tmp_path: Path, *options: str) -> Path:
     return on_ray.folder
 
 
+@pytest.mark.fault(46)
 def test_a_search_on_ray_gives_the_rows_of_an_inline_search_packs_and_extractions_included(tmp_path: Path) -> None:
     """One pack at a time, as inline: packs and shards that differ in size may differ in the last bits."""
     study = same_on_ray(tmp_path, "features.cache=all", "augment.views=2", f"resources.cpus={os.cpu_count()}")
@@ -137,6 +138,7 @@ run_tune(ready.job, facts_of(ready), splits_table(ready.dataset), who={}, show=l
 '''
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("deaths", [[], pytest.param(["1", "3"], marks=pytest.mark.slow)], ids=["trial", "extraction"])
 def test_what_a_dead_worker_did_is_done_again_and_the_search_goes_on(tmp_path: Path, deaths: list[str]) -> None:
     """The survey comes first, its second try next, then the one shard, then heads in closed form. The five trials are one pack: tried again one by
@@ -216,6 +218,7 @@ def test_a_trial_that_no_node_can_hold_is_refused_before_anything_starts(tmp_pat
     assert not (tmp_path / "study" / "trials").exists()
 
 
+@pytest.mark.fault(34, 36)
 def test_a_search_in_which_every_trial_fails_is_a_failure(tmp_path: Path) -> None:
     space = {"freeze.depth": [0, 1], "train.lr": 10.0, "train.head_lr": 10.0}
     job = toy_job(tmp_path / "study", ["search.trials=2", "train.optimizer=sgd", "train.weight_decay=1.0", "train.warmup=0.0"],
@@ -260,20 +263,25 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.fault(13, 20, 50)
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_ten_kills_of_the_driver_lose_and_double_no_row(tmp_path: Path) -> None:
+@pytest.mark.timeout(3600)
+def test_kills_of_the_driver_lose_and_double_no_row(
+    tmp_path: Path, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> None:
+    kills = request.config.getoption("--kills")
+    options = [f"search.trials={3 * kills}"]
     (tmp_path / "job.toml").write_text(JOB)
     study, rng, seen = tmp_path / "results" / "killed", random.Random(0), set()
-    for kill in range(10):
-        driver = start(tmp_path)
+    for kill in range(kills):
+        driver = start(tmp_path, *options)
         deadline = time.monotonic() + 120
         before = len(seen)
         while driver.poll() is None and len(committed(study)) < before + 1 and time.monotonic() < deadline:
             time.sleep(0.2)  # each attempt earns at least one row, then dies at a random moment
         time.sleep(rng.uniform(0, 3))
         if kill == 0:
-            second = start(tmp_path)
+            second = start(tmp_path, *options)
             answer, _ = second.communicate(timeout=120)
             assert second.returncode == 2, answer
             assert "is in use: pid" in answer, answer
@@ -282,11 +290,12 @@ def test_ten_kills_of_the_driver_lose_and_double_no_row(tmp_path: Path) -> None:
         now = committed(study)
         assert seen <= now
         seen = now
-    last = start(tmp_path)
+    last = start(tmp_path, *options)
     output, _ = last.communicate(timeout=600)
     assert last.returncode == 0, output
     rows = [row["trial_id"] for row in results.read_trials(study).to_pylist()]
-    assert len(rows) == len(set(rows)) == 30 + 2
+    assert len(rows) == len(set(rows)) == 3 * kills + 2
+    record_property("figure", f"{kills} kills, {len(rows)} rows, none lost, none twice")
     assert seen <= set(rows)
     wait_until_gone(study)
 
@@ -308,6 +317,7 @@ def wait_until_gone(study: Path) -> None:
     raise AssertionError(f"still running: {left}")
 
 
+@pytest.mark.fault(14)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_search_says_so_and_goes_on_later(tmp_path: Path, number: signal.Signals) -> None:
@@ -321,6 +331,28 @@ def test_an_interrupted_search_says_so_and_goes_on_later(tmp_path: Path, number:
     assert driver.returncode == 128 + number, output
     assert "the same command goes on from there" in output
     kept = committed(study)
+    again = start(tmp_path, "search.trials=8")
+    output, _ = again.communicate(timeout=600)
+    assert again.returncode == 0, output
+    assert kept <= committed(study)
+    assert len(committed(study)) == 8 + 2
+
+
+@pytest.mark.slow
+@pytest.mark.fault(14)
+def test_whoever_will_not_wait_for_the_end_of_an_interrupted_search_loses_nothing_either(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(JOB)
+    study = tmp_path / "results" / "killed"
+    driver = start(tmp_path, "search.trials=8")
+    while driver.poll() is None and not committed(study):
+        time.sleep(0.2)
+    kept = committed(study)
+    driver.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    driver.send_signal(signal.SIGINT)
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode in (130, -signal.SIGINT), output
+    wait_until_gone(study)
     again = start(tmp_path, "search.trials=8")
     output, _ = again.communicate(timeout=600)
     assert again.returncode == 0, output

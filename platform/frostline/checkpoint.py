@@ -29,6 +29,10 @@ class CheckpointError(ValueError):
     """What is no checkpoint, or another training's."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """What is not as it was saved."""
+
+
 @dataclass(frozen=True)
 class Keep:
     """Where a trial keeps its checkpoint, to go on from should it be interrupted."""
@@ -76,14 +80,15 @@ def save_training(training: Training, of: str) -> bytes:
 
 
 def load_training(training: Training, checkpoint: bytes, of: str) -> None:
-    """Let a training that has not begun go on where that of the checkpoint was. Raises CheckpointError."""
+    """Let a training that has not begun go on where that of the checkpoint was. Raises CheckpointError, before anything is
+    changed."""
     try:
         tensors = safetensors.torch.load(checkpoint)
         if tensors.pop("sha256").numpy().tobytes() != hash_tensors(tensors.items()).encode():
-            raise CheckpointError("the checkpoint is damaged: its checksum does not fit")
+            raise DamagedCheckpointError("the checkpoint is damaged: its checksum does not fit")
         about = json.loads(tensors.pop("about").numpy().tobytes())
     except (SafetensorError, KeyError) as error:
-        raise CheckpointError(f"this is no checkpoint, or a damaged one: {error}") from error
+        raise DamagedCheckpointError(f"this is no checkpoint, or a damaged one: {error}") from error
     if about["format"] != FORMAT:
         raise CheckpointError(f"checkpoint format {about['format']!r}, and this version reads format {FORMAT}")
     if about["of"] != of:

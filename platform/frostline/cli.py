@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import math
 import signal
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print(f"frostline: {error}")
         return 1
     except OSError as error:
-        errors.print(f"frostline: {error}")
+        full = "; what is committed stays: make room, and give the same command again"
+        errors.print(f"frostline: {error}{full if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}")
         return 1
     except (KeyboardInterrupt, SystemExit):
         if not received:

@@ -464,6 +464,9 @@ def _write(path: Path, data: bytes) -> None:
         while rest:
             rest = rest[os.write(fd, rest) :]
         os.fsync(fd)
+    except OSError as error:
+        error.filename = str(path)  # the kernel's names none
+        raise
     finally:
         os.close(fd)
 

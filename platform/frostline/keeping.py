@@ -7,7 +7,7 @@ from pathlib import Path
 from pyarrow.fs import FileSelector, FileType, LocalFileSystem
 
 from frostline.commit import write_file
-from frostline.files import Place, reaching
+from frostline.files import DataError, Place, reaching
 
 SUFFIX = ".safetensors"
 
@@ -17,6 +17,15 @@ def kept_trials(folder: Place) -> set[str]:
     with reaching(folder):
         found = folder.fs.get_file_info(FileSelector(folder.path, allow_not_found=True))
     return {info.base_name.removesuffix(SUFFIX) for info in found if info.base_name.endswith(SUFFIX)}
+
+
+def keep_checkpoint(folder: Place, trial_id: str, checkpoint: bytes) -> str | None:
+    """`write_checkpoint`, and what went wrong where it was not written: a training does without, rather than end for it."""
+    try:
+        write_checkpoint(folder, trial_id, checkpoint)
+    except (OSError, DataError) as error:
+        return f"the checkpoint of {trial_id} was not written, and the one before, if any, stays: {error}"
+    return None
 
 
 def write_checkpoint(folder: Place, trial_id: str, checkpoint: bytes) -> None:

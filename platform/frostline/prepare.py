@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from frostline.backbone import Backbone, BackboneError, load_backbone
 from frostline.commit import published
 from frostline.cuts import cuts_at, cuts_of
@@ -76,6 +78,7 @@ def prepare(job: Job, progress: Callable[[int, int], None] | None = None) -> Pre
     check_scratch(job)
     check_live_norms(job)
     check_heads(job, backbone, dataset.size)
+    check_objective(job, dataset)
     return Prepared(job, backbone, dataset, len(train))
 
 
@@ -134,6 +137,19 @@ def check_heads(job: Job, backbone: Backbone, image_size: int) -> None:
             f"head.depth: {backbone.name} has more than one stream of activations after stage {wrong[0]}, so that no head "
             f"can stand there; it can after these: {right}"
         )
+
+
+def check_objective(job: Job, dataset: Dataset) -> None:
+    """Whether the objective can be computed. Raises DataError."""
+    if job.objective.metric != "auroc":
+        return
+    for split in ("val", "test"):
+        present = np.unique(dataset.labels[dataset.indices(split)])
+        if len(present) < 2:
+            raise DataError(
+                f"objective.metric = 'auroc' tells classes apart, and in {split} there is only "
+                f"{dataset.classes[present[0]]!r}; use another metric, or give {split} samples of other classes"
+            )
 
 
 def _with_absolute_paths(job: Job) -> Job:

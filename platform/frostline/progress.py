@@ -26,6 +26,7 @@ class Progress:
         self.lock = threading.Lock()
         self.started, self.shown_at = time.monotonic(), float("-inf")
         self.shown: tuple[int, ...] | None = None
+        self.warned: str | None = None
 
     def __enter__(self) -> Progress:
         if self.live:
@@ -39,6 +40,9 @@ class Progress:
     def show(self, snapshot: Snapshot) -> None:
         """Draw a snapshot; in a log, at most a line every `every_s` seconds and only when something has changed."""
         with self.lock:
+            if snapshot.trouble != self.warned:
+                self.warned = snapshot.trouble
+                self.console.print(Text(f"warning: {snapshot.trouble}", style="yellow"), soft_wrap=True)
             if self.live:
                 self.live.update(panel(snapshot))
                 return

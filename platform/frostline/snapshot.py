@@ -46,3 +46,5 @@ class Snapshot:
     latest: Finished | None
     training: tuple[Training, ...] = ()
     """What runs, where nothing is searched."""
+    trouble: str | None = None
+    """What went wrong last that is no trial's fault, and ended nothing."""

@@ -305,7 +305,8 @@ class Scaling(Frozen):
     restarts: int = Field(default=3, ge=0)
     """How many times a trial that loses a worker or a node goes on from its last checkpoint, before it is a failed row."""
     timeout_s: float = Field(default=300.0, gt=0)
-    """How long workers wait for one another in a step before the trial counts as having lost one."""
+    """How long workers wait for one another in a step before the trial counts as having lost one; and how long a search waits for
+    nodes when its cluster has lost all that could hold a trial."""
 
     @model_validator(mode="after")
     def _no_more_at_least_than_at_most(self) -> Scaling:

@@ -29,7 +29,7 @@ from frostline.costs import alone_seconds, times_of
 from frostline.depths import cut_of, end_of
 from frostline.files import locate
 from frostline.finalists import Finished, best_of, best_probe, choose_finalists, fixed, remember
-from frostline.keeping import drop_checkpoint, kept_trials, read_checkpoint, write_checkpoint
+from frostline.keeping import drop_checkpoint, keep_checkpoint, kept_trials, read_checkpoint
 from frostline.ledger import Ledger
 from frostline.outcome import EpochRecord, Outcome, lost
 from frostline.packing import take_pack
@@ -86,6 +86,7 @@ class Study:
             beside = job.scaling.checkpoints
             self.checkpoints = locate(beside) / job.name if beside else locate(str(self.folder / "checkpoints"))
             self.with_checkpoint = kept_trials(self.checkpoints)  # to go on from
+            self.trouble: str | None = None
             self.seq = 0
             self.opened = time.monotonic()
             self._restore()
@@ -177,10 +178,12 @@ class Study:
         return answers
 
     def keep(self, trial_id: str, checkpoint: bytes) -> None:
-        """Keep the state of a running trial, in the place of an earlier one."""
+        """Keep the state of a running trial, in the place of an earlier one; what goes wrong is told in the next snapshot."""
         if trial_id in self.running:
-            write_checkpoint(self.checkpoints, trial_id, checkpoint)
-            self.with_checkpoint.add(trial_id)
+            if trouble := keep_checkpoint(self.checkpoints, trial_id, checkpoint):
+                self.trouble = trouble
+            else:
+                self.with_checkpoint.add(trial_id)
 
     def kept(self, trial_id: str) -> bytes | None:
         """What a trial goes on from, which was interrupted in this or an earlier run of the study."""
@@ -298,6 +301,7 @@ class Study:
             left_s=self._seconds_left(to_confirm - len(confirmed)),
             latest=self.finished[-1] if self.finished else None,
             training=() if self.job.search.trials else tuple(_training(each) for each in self.running.values()),
+            trouble=self.trouble,
         )
 
     def close(self) -> None:

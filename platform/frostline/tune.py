@@ -13,6 +13,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,8 @@ from frostline.worker import Worker
 from frostline.world import gpus_of_a_trial, trials_at_once
 
 POLL_SECONDS = 0.5
+ROOM_SECONDS = 2.0
+"""Between two looks at what the nodes have."""
 QUIET_LOGGERS = (
     "ray.tune",  # warns of result files that it was told not to write
     "ray._private.authentication.authentication_token_setup",  # says at each start that token authentication is on
@@ -92,6 +95,30 @@ class StudySearcher(Searcher):
         raise AssertionError("a study is restored from its rows")
 
 
+class Room(tune.Callback):
+    """Ends a search on a cluster that has lost all room for its trials, and for so many seconds has not got it back."""
+
+    def __init__(self, job: Job, gpus: float) -> None:
+        self.job, self.gpus = job, gpus
+        self.looked = self.seen = time.monotonic()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Look, every other second, whether there is room. Raises PlacementError."""
+        if (now := time.monotonic()) - self.looked < ROOM_SECONDS:
+            return
+        self.looked = now
+        try:
+            concurrency(self.job, self.gpus, resources_of_nodes())
+        except PlacementError as error:
+            if now - self.seen > self.job.scaling.timeout_s:
+                raise PlacementError(
+                    f"{error}. So it has been for {now - self.seen:.0f} s (scaling.timeout_s); what is committed stays, and the "
+                    "same search goes on once there are nodes again"
+                ) from None
+        else:
+            self.seen = now
+
+
 def run_tune(
     job: Job,
     facts: Mapping[str, Any] | None,
@@ -108,14 +135,14 @@ def run_tune(
 
     Without `facts`, which say what the stages cost, a worker finds them on the hardware that trials get. `trainable` is what
     runs the trials; benchmarks and fault tests give one that does no work.
-    Raises PlacementError before anything starts where no node can hold a trial.
+    Raises PlacementError before anything starts where no node can hold a trial, and later where none can any more (`Room`).
     """
     with nullcontext(connected) if connected else cluster(address) as wait:
         wait()
         gpus = gpus_of_a_trial(job.resources, ray.cluster_resources().get("GPU", 0))
         if job.resources.device == "cuda" and not gpus:
             raise PlacementError("resources.device = 'cuda', and no node has a GPU to give; use 'auto' or 'cpu'")
-        slots = concurrency(job, gpus, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        slots = concurrency(job, gpus, resources_of_nodes())
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         study: Any = ray.remote(num_cpus=0)(StudyActor).options(scheduling_strategy=here).remote()
         if facts is None:
@@ -146,6 +173,7 @@ def run_tune(
                         name=job.name,
                         storage_path=scratch,
                         verbose=0,
+                        callbacks=[Room(job, gpus)],
                         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     ),
                 ).fit()
@@ -161,6 +189,11 @@ def run_tune(
 
 def _facts(job: Job) -> dict[str, Any]:
     return facts_of(prepare(job))
+
+
+def resources_of_nodes() -> list[Mapping[str, float]]:
+    """What each node that is there has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def concurrency(job: Job, gpus: float, nodes: list[Mapping[str, float]]) -> int:

@@ -74,7 +74,7 @@ class Worker(tune.Trainable):
 
 
 def keep_with(study: Any, spec: TrialSpec) -> Keep:
-    """Checkpoints through the study, which writes one while training goes on; what went wrong is raised with the next."""
+    """Checkpoints through the study, which writes one while training goes on."""
     written: list[Any] = []
 
     def save(checkpoint: bytes) -> None:
