@@ -2,6 +2,7 @@
 # make test         install with the test extras, then lint, type-check and run the default test suite
 # make test-slow    the tests that take minutes, with the extras that only they need
 # make test-faults  the tests of the fault matrix, the long ones too; writes docs/reliability.md
+# make soak         an hour's study with faults at random
 # make bench        every benchmark; each ends with one line of JSON
 #
 # VENV is where the virtual environment goes (about 6 GB), PYTHON what makes it (3.11 or newer).
@@ -10,7 +11,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow test-faults check bench clean
+.PHONY: quickstart test test-slow test-faults soak check bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/frostline search jobs/quickstart.toml
@@ -23,6 +24,9 @@ test-slow: $(VENV)/.installed-slow
 
 test-faults: $(VENV)/.installed-slow
 	$(BIN)/pytest -m fault --kills 50 --faults docs/reliability.md
+
+soak: $(VENV)/.installed-test
+	$(BIN)/python tests/soak.py --minutes 60
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
