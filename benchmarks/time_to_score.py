@@ -101,7 +101,7 @@ def job_of(seed: int, trials: int, root: Path, *, init: str, per_class: int, pix
 
 def started() -> list[float]:
     """Will hold the moment at which Ray is up."""
-    from frostline.tune import ray  # the same settings of Ray on both sides: it reads them when it is imported
+    from frostline.connection import ray  # the same settings of Ray on both sides: it reads them when it is imported
 
     init, moments = ray.init, []
 

@@ -34,7 +34,11 @@ MATRIX: dict[int, Row] = {
     8: Row("a node freezes and comes back", "each trial has one row, whoever reports late"),
     9: Row("a node is cut off the network and comes back", "each trial has one row, whoever reports late"),
     10: Row("the network is slow", "the rows of a fast one"),
-    11: Row("one in ten of Ray's calls fails", "the rows of a sound one"),
+    11: Row(
+        "one in ten of Ray's calls fails",
+        "the rows of a sound one",
+        lacks="not tried yet",
+    ),
     12: Row("the driver is killed at any step", "each row once, none lost"),
     13: Row("the driver is killed again and again", "rows never fewer, each once in the end"),
     14: Row("SIGINT, SIGTERM, SIGINT twice", "committed, exit code 130 or 143, goes on later"),

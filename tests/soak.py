@@ -161,7 +161,9 @@ def summary(seen: list[dict[str, float]], done: Counter[str], rows: int, minutes
     early, late = ({key: statistics.median(look[key] for look in part) for key in seen[0]}
                    for part in (seen[quarter : 2 * quarter], seen[-quarter:]))  # fmt: skip
     grown = (late["actor MiB"] - early["actor MiB"]) / max(1, late["rows"] - early["rows"])
-    flat = all(late[key] <= 1.25 * early[key] for key in ("processes", "open files", "driver MiB")) and grown < MIB_A_ROW
+    flat = (
+        all(late[key] <= 1.25 * early[key] for key in ("processes", "open files", "driver MiB")) and grown < MIB_A_ROW
+    )
     return {"name": "soak", "minutes": minutes, "rows": rows, "faults": dict(done), "early": early, "late": late,
             "actor_mib_a_row": grown, "flat": flat}  # fmt: skip
 

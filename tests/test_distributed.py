@@ -196,13 +196,12 @@ def train_workers(driver: psutil.Process) -> list[psutil.Process]:
     return sorted(found, key=psutil.Process.create_time)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
-        pytest.param("kill", marks=pytest.mark.fault(1)),
-        pytest.param("stop", marks=pytest.mark.fault(2)),
-        pytest.param("driver", marks=pytest.mark.fault(13, 21)),
+        pytest.param("kill", marks=[pytest.mark.slow, pytest.mark.fault(1)]),
+        pytest.param("stop", marks=[pytest.mark.long, pytest.mark.fault(2)]),
+        pytest.param("driver", marks=[pytest.mark.slow, pytest.mark.fault(13, 21)]),
     ],
 )
 def test_what_a_lost_process_had_saved_is_not_lost(
@@ -229,7 +228,8 @@ def test_what_a_lost_process_had_saved_is_not_lost(
     same_models(undisturbed, study, 0.0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.fault(4)
 def test_a_training_that_loses_workers_again_and_again_is_a_failed_row(
     tmp_path: Path, driver: Callable[[], psutil.Process]
 ) -> None:

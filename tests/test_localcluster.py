@@ -189,7 +189,7 @@ def signal_all(name: str, number: int) -> None:
             os.kill(pid, number)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_namespaces
 @pytest.mark.parametrize(
     "fault",
@@ -228,7 +228,7 @@ def test_a_training_goes_on_without_a_node_that_is_lost(
 
 
 @pytest.mark.fault(7)
-@pytest.mark.slow
+@pytest.mark.long
 @needs_namespaces
 def test_a_training_that_may_goes_on_with_fewer_workers(cluster: Cluster, tmp_path: Path) -> None:
     options = ("scaling.workers=3", "scaling.min_workers=2", "scaling.checkpoint_s=0", "train.epochs=30")
@@ -251,7 +251,7 @@ def trains(raylet: int) -> bool:
     return any("RayTrainWorker" in " ".join(process.cmdline()) for process in below)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_namespaces
 @pytest.mark.fault(10)
 def test_a_slow_network_changes_no_number(cluster: Cluster, tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def each_row_once(study: Path, before: set[str]) -> None:
     assert before <= set(rows)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(6)
 def test_a_search_whose_only_node_is_gone_says_so_and_goes_on_when_it_is_back(alone: Cluster, tmp_path: Path) -> None:
     study = tmp_path / "study"
@@ -392,7 +392,7 @@ def test_a_search_whose_only_node_is_gone_says_so_and_goes_on_when_it_is_back(al
     each_row_once(study, before)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(15)
 def test_a_search_whose_head_is_gone_ends_and_goes_on_on_another_cluster(alone: Cluster, tmp_path: Path) -> None:
     study = tmp_path / "study"

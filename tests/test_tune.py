@@ -264,7 +264,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
 
 
 @pytest.mark.fault(13, 20, 50)
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_kills_of_the_driver_lose_and_double_no_row(
     tmp_path: Path, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
@@ -338,7 +338,7 @@ def test_an_interrupted_search_says_so_and_goes_on_later(tmp_path: Path, number:
     assert len(committed(study)) == 8 + 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(14)
 def test_whoever_will_not_wait_for_the_end_of_an_interrupted_search_loses_nothing_either(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text(JOB)

@@ -1,26 +1,27 @@
-"""Frostline from Python; the command line is a thin layer over this."""
+"""Frostline from Python; the command line is a thin layer over this.
+
+PyTorch is imported by the functions that need it: on Ray, while that starts.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from frostline.candidates import Probed
-from frostline.data import splits_table
-from frostline.estimate import facts_of
 from frostline.fixed import best_job, fixed_job
-from frostline.inline import run_inline
 from frostline.jobfile import load_job, parse_job
-from frostline.prepare import prepare
-from frostline.probing import probe_backbones
 from frostline.progress import Progress
 from frostline.refresh import refreshing
 from frostline.snapshot import Snapshot
 from frostline.spec import BackboneSpec, Job
 from frostline.text import plain
+
+if TYPE_CHECKING:
+    from frostline.candidates import Probed
 
 __all__ = ["SearchFailedError", "best_job", "probe", "search", "train"]
 
@@ -63,18 +64,10 @@ def search(
             progress.show(snapshot)
             report.look()
 
-        run = {"who": who, "show": show}
         if inline:
-            prepared = prepare(job, progress.decoding)
-            last = run_inline(prepared.job, facts_of(prepared), splits_table(prepared.dataset), **run)
+            last = _run_inline(job, progress, who=who, show=show)
         else:
-            from frostline.tune import cluster, run_tune
-
-            with cluster(address) as connected:  # while this prepares
-                prepared = prepare(job, progress.decoding)
-                facts = None if address else facts_of(prepared)  # of this machine, unless trials run on others
-                splits = splits_table(prepared.dataset)
-                last = run_tune(prepared.job, facts, splits, **run, connected=connected)
+            last = _run_on_ray(job, progress, address, who=who, show=show)
     folder = job.folder
     _write_report(folder, console)
     if last.best is None and job.search.trials:
@@ -84,6 +77,31 @@ def search(
         what = "confirmations" if job.search.trials else "trainings"
         raise SearchFailedError(f"{lost} of {last.to_confirm} {what} failed; `frostline results {folder}` says why")
     return folder
+
+
+def _run_inline(job: Job, progress: Progress, **run: Any) -> Snapshot:
+    from frostline.data import splits_table
+    from frostline.estimate import facts_of
+    from frostline.inline import run_inline
+    from frostline.prepare import prepare
+
+    ready = prepare(job, progress.decoding)
+    return run_inline(ready.job, facts_of(ready), splits_table(ready.dataset), **run)
+
+
+def _run_on_ray(job: Job, progress: Progress, address: str | None, **run: Any) -> Snapshot:
+    """Ray starts, or is connected to, while this process imports PyTorch and reads the data."""
+    from frostline.connection import cluster
+
+    with cluster(address) as connected:
+        from frostline.data import splits_table
+        from frostline.estimate import facts_of
+        from frostline.prepare import prepare
+        from frostline.tune import run_tune
+
+        ready = prepare(job, progress.decoding)
+        facts = None if address else facts_of(ready)  # of this machine, unless trials run on others
+        return run_tune(ready.job, facts, splits_table(ready.dataset), **run, connected=connected)
 
 
 def train(
@@ -121,6 +139,8 @@ def probe(
 
     Raises a ValueError that lists what is wrong with the job, data or a backbone.
     """
+    from frostline.probing import probe_backbones
+
     job = _job(job, overrides)
     usual = job.backbone.weights if job.backbone.weights == "random" else "pretrained"
     parts = [name.partition("=") for name in backbones]

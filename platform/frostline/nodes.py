@@ -38,7 +38,9 @@ def _examine_here(storage: str | None) -> dict[str, Any]:
 
 
 def _examine_cluster(address: str, storage: str | None) -> dict[str, Any]:
-    from frostline.tune import cluster  # not at the top: workers import this module, and need neither Tune nor torch
+    from frostline.connection import (
+        cluster,
+    )  # not at the top: workers import this module, and need neither Tune nor torch
 
     with cluster(address) as connected:
         connected()

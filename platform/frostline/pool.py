@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from frostline.tune import cluster
+from frostline.connection import cluster
 
 import ray  # isort: skip (as `tune` has set it up)
 import ray.data  # isort: skip

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from frostline.tune import cluster
+from frostline.connection import cluster
 
 import ray  # isort: skip (as `tune` has set it up)
 import uvicorn  # isort: skip
