@@ -46,3 +46,5 @@ class Snapshot:
     latest: Finished | None
     training: tuple[Training, ...] = ()
     """What runs, where nothing is searched."""
+    stopped: str | None = None
+    """Why the search ends before its end, and what to do."""
