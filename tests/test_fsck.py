@@ -154,13 +154,22 @@ def test_what_killed_processes_left_is_cleared_up(study: Path) -> None:
     assert rows_of(study) == before
 
 
-def test_a_part_of_no_commit_is_moved_aside(study: Path) -> None:
-    shutil.copy(study / "asks/part-000000.parquet", study / "asks/part-000099.parquet")
-    problem = only(examine(study))
-    assert (problem.file, problem.repair) == ("asks/part-000099.parquet", "aside")
+def test_a_part_of_no_commit_is_moved_aside_alone(study: Path) -> None:
+    """Also where its number is that of a commit, without this table."""
+    before = rows_of(study)
+    known = committed_parts(study, "predictions")
+    other = next(part for part in committed_parts(study, RECORD) if part not in known)
+    strays = [study / f"asks/part-{99:06d}.parquet", study / f"predictions/part-{other:06d}.parquet"]
+    shutil.copy(study / "asks/part-000000.parquet", strays[0])
+    shutil.copy(study / f"predictions/part-{known[0]:06d}.parquet", strays[1])
+    problems = examine(study).problems
+    assert {(each.file, each.repair) for each in problems} == {
+        (str(path.relative_to(study)), "aside") for path in strays
+    }
     assert repair(study)[1].problems == []
-    assert not (study / "asks/part-000099.parquet").exists()
-    assert len(list((study / ASIDE).rglob("part-000099.parquet"))) == 1
+    assert rows_of(study) == before
+    assert {path.name for path in (study / ASIDE).rglob("*.parquet")} == {path.name for path in strays}
+    assert not any(path.exists() for path in strays)
 
 
 def test_checkpoints_that_cannot_be_used_are_dropped_and_nothing_else(study: Path) -> None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +48,6 @@ _COLUMNS = {
 }
 """By which rows have to fit each other."""
 
-_ASK = "The same search writes them again"
 _CHECKS: tuple[tuple[str, str, str | None, str], ...] = (
     (
         RECORD,
@@ -64,7 +64,7 @@ _CHECKS: tuple[tuple[str, str, str | None, str], ...] = (
     (
         RECORD,
         "trials whose asks are not there",
-        _ASK,
+        "The same search writes them again",
         "select trial_id, part from trials anti join asks using (trial_id) where round = 'search'",
     ),
     (
@@ -118,6 +118,7 @@ class Problem:
     remedy: str
     repair: Repair
     part: int | None = None
+    """Whose files go together."""
 
 
 @dataclass
@@ -172,8 +173,13 @@ def repair(study: str | Path) -> tuple[list[str], Found]:
         done = [f"{_name(folder, path)}: cleared up" for path in left if not path.exists()]
         problems = examine(folder, holding=True).problems
         aside = folder / ASIDE / datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
-        for part in sorted({each.part for each in problems if each.repair == "aside" and each.part is not None}):
-            done += _move(folder, part, aside)
+        strays = [folder / each.file for each in problems if each.repair == "aside" and each.part is None]
+        parts = sorted({each.part for each in problems if each.repair == "aside" and each.part is not None})
+        for old in dict.fromkeys((*strays, *chain.from_iterable(_of_part(folder, part) for part in parts))):
+            new = aside / old.parent.name / old.name.lstrip(".")
+            new.parent.mkdir(parents=True, exist_ok=True)
+            old.rename(new)
+            done.append(f"{_name(folder, old)}: moved to {_name(folder, new)}")
         for each in problems:
             if each.repair == "drop":
                 (folder / each.file).unlink()
@@ -230,20 +236,22 @@ def _job(folder: Path, found: Found) -> Mapping[str, Any]:
 
 def _tables(folder: Path, found: Found) -> dict[str, pa.Table]:
     """The columns of `_COLUMNS`, and `part`, of all parts that are as they were written. Their files, damage and rows are told."""
-    kept = {name: [SCHEMAS[name].empty_table().select(columns)] for name, columns in _COLUMNS.items()}
-    kept = {name: [tables[0].append_column("part", pa.array([], pa.int32()))] for name, tables in kept.items()}
+    kept = {name: [_light(name, SCHEMAS[name].empty_table(), 0)] for name in _COLUMNS}
     there = {name: committed_parts(folder, name) for name in TABLES}  # the record, of which all others follow, last
     for part in sorted(set().union(*there.values())):
         own, stray = _part(folder, part, [name for name in TABLES if part in there[name]], found)
         for name in stray:
             what = "belongs to no commit, and is read by nobody who reads the study as Frostline does"
-            found.add(_file(name, part), what, "Move it away, or let --repair do so", "aside", part)
+            found.add(_file(name, part), what, "Move it away, or let --repair do so", "aside")
         for name, table in own.items():
             found.rows += len(table)
             if name in kept:
-                numbers = pa.array([part] * len(table), pa.int32())
-                kept[name].append(table.select(_COLUMNS[name]).append_column("part", numbers))
-    return {name: pa.concat_tables(tables).replace_schema_metadata(None) for name, tables in kept.items()}
+                kept[name].append(_light(name, table, part))
+    return {name: pa.concat_tables(tables) for name, tables in kept.items()}
+
+
+def _light(name: str, table: pa.Table, part: int) -> pa.Table:
+    return table.select(_COLUMNS[name]).append_column("part", pa.array([part] * len(table), pa.int32()))
 
 
 def _part(folder: Path, part: int, there: list[str], found: Found) -> tuple[dict[str, pa.Table], list[str]]:
@@ -335,14 +343,11 @@ def _report(folder: Path, trials: Mapping[str, Any], found: Found) -> None:
         found.add(path.name, "is missing", remedy, "report")
 
 
-def _move(folder: Path, part: int, aside: Path) -> Iterator[str]:
-    """Move all files of a part aside, temporary ones too; the record first, with which the part is committed no more."""
+def _of_part(folder: Path, part: int) -> Iterator[Path]:
+    """All files of a part, temporary ones too; the record first, without which the part is committed no more."""
     for name in reversed(TABLES):
-        for old in sorted((folder / name).glob(f"*part-{part:06d}.parquet*")):
-            new = aside / name / old.name.lstrip(".")
-            new.parent.mkdir(parents=True, exist_ok=True)
-            old.rename(new)
-            yield f"{_name(folder, old)}: moved to {_name(folder, new)}"
+        path = folder / _file(name, part)
+        yield from (each for each in (path, *sorted(path.parent.glob(f".tmp-{path.name}-*"))) if each.exists())
 
 
 def _write_report(folder: Path) -> Iterator[str]:
