@@ -57,8 +57,8 @@ MATRIX: dict[int, Row] = {
     19: Row("a submitted job cannot be placed", "its reason within a minute, and its exit status"),
     20: Row("files of Ray Tune are damaged", "nothing: a study is restored from its rows, and keeps no file of Tune's"),
     21: Row("files of Ray Train are damaged", "nothing: a training is restored from its own checkpoint"),
-    22: Row("the newest checkpoint is cut short", "it is seen, said, and the trial begins anew"),
-    23: Row("a bit of the newest checkpoint flips", "it is seen, said, and the trial begins anew"),
+    22: Row("the newest checkpoint is cut short", "it is seen, said, and the trial begins again"),
+    23: Row("a bit of the newest checkpoint flips", "it is seen, said, and the trial begins again"),
     24: Row("a bit of a committed file flips", "never read: the file is named, with the remedy"),
     25: Row(
         "the record of a commit is torn or missing", "its rows are not there; only our temporary names are removed"

@@ -201,3 +201,20 @@ def test_a_checkpoint_of_another_trial_is_refused(tmp_path: Path, spec: TrialSpe
     other = spec.model_copy(update={"seeds": spec.seeds.model_copy(update={"order": 5})})
     with pytest.raises(CheckpointError, match="another configuration"):
         ran(other, [], keep)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_trial_whose_checkpoint_is_damaged_begins_again_and_says_so(
+    tmp_path: Path, spec: TrialSpec, damage: str
+) -> None:
+    """Matrix rows 22, 23. It is the only one that is kept, so there is none before it."""
+    through, keep = ran(spec, []), kept_in(tmp_path / "checkpoint")
+    with pytest.raises(Interruption):
+        ran(spec, [], keep, stop_at=3)
+    whole = bytearray((tmp_path / "checkpoint").read_bytes())
+    whole[len(whole) // 2] ^= damage == "flip"
+    (tmp_path / "checkpoint").write_bytes({"flip": whole, "cut": whole[:-1], "empty": b""}[damage])
+    with pytest.warns(RuntimeWarning, match=r"freeze-00000-c0 begins again: .* checkpoint"):
+        again = ran(spec, [], keep)
+    assert again.bundle["model.safetensors"] == through.bundle["model.safetensors"]
+    assert again.row["epochs"] == 4

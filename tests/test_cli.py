@@ -21,7 +21,7 @@ from frostline.testing import TOY_BACKBONE, image_folder
 
 COMMANDS = (
     *("search", "plan", "probe", "submit", "jobs", "doctor", "cluster"),
-    *("results", "compare", "report", "track", "predict", "export", "serve", "features", "schema", "init"),
+    *("results", "compare", "report", "track", "fsck", "predict", "export", "serve", "features", "schema", "init"),
 )
 SMALL = ["search.trials=2", "train.epochs=2", "confirm.seeds=1", "data.image_size=16", "data.per_class=10"]
 TOY = [*SMALL, f"backbone.name={TOY_BACKBONE}", "backbone.weights=random"]

@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_costs_epochs_and_nothing_else(
     raw = bytearray(checkpoint.read_bytes())
     raw[len(raw) // 2] ^= 4
     checkpoint.write_bytes(raw if damage == "a bit" else raw[: len(raw) // 2])
-    with pytest.warns(UserWarning, match=r"train-00000-c0 begins anew: .*damaged"):
+    with pytest.warns(RuntimeWarning, match=r"train-00000-c0 begins again: .*damaged"):
         frostline.train(job, inline=True)
     assert sorted(results.read_epochs(job.folder)["epoch"].to_pylist()) == [1, 2, 3, 4]
     undisturbed = frostline.train(toy_training(tmp_path / "undisturbed", options), inline=True)

@@ -243,6 +243,12 @@ def test_what_is_not_a_study_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "job.json").write_text("{}")
     with pytest.raises(NotAStudyError, match="holds no `job` and `facts`"):
         read_job(tmp_path)
+    (tmp_path / "job.json").write_text('{"job": {}, "facts": {}, "digesd": "0123456789abcdef"}')
+    with pytest.raises(NotAStudyError, match="holds no `job` and `facts`, or more"):
+        read_job(tmp_path)
+    (tmp_path / "job.json").write_text('{"job": {}, "facts": {}, "digest": "0123456789abcdef"}')
+    with pytest.raises(DamagedFile, match=r"job\.json is not what was written"):
+        read_job(tmp_path)
     (tmp_path / "job.json").write_text('{"job')
     with pytest.raises(DamagedFile, match=r"job\.json is not what was written"):
         read_job(tmp_path)
@@ -420,8 +426,8 @@ def test_the_leaderboard_for_people(tmp_path: Path) -> None:
         "",
         "search: 3 complete, 1 pruned, 1 failed",
         "confirm: 3 complete, 0 pruned, 1 failed",
-        "failed, non_finite: 1, for example: loss is nan",
-        "failed, oom: 1, for example: out of memory",
+        "failed, non_finite: 1, for example: loss is nan (lower the learning rates)",
+        "failed, oom: 1, for example: out of memory (lower train.batch_size, or search.lanes, or give a trial more memory)",
         "device time: 1 min 48 s",
         "the trials one by one, nothing stored or shared: about 4 min 30 s",
         f"study: {study}",

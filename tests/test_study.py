@@ -30,7 +30,7 @@ from frostline.spec import Job
 from frostline.store import Store, key_of
 from frostline.study import Study
 from frostline.testing import toy_job
-from frostline.trialspec import TrialSpec
+from frostline.trialspec import TrialSpec, configure
 from frostline.work import Shard, Supply
 from frostline.world import World
 
@@ -780,3 +780,122 @@ def test_the_tables_open_where_people_open_tables(study_folder: Path) -> None:
     assert count == [(8,)]
     assert len(pd.read_parquet(study_folder / "trials")) == 8
     assert isinstance(results.query(study_folder, "select arm, count(*) n from trials group by all"), pa.Table)
+
+
+def fail(study: Study, spec: TrialSpec, kind: str, reason: str) -> None:
+    row = outcome(spec, [], "failed").row | {"error_kind": kind, "reason": reason}
+    study.finish({spec.trial_id: Outcome(row)})
+
+
+def test_a_search_of_which_all_fails_alike_is_stopped_and_goes_on_with_the_rest(study_folder: Path) -> None:
+    options, arms = ["search.trials=40", "search.sampler=random", "confirm.seeds=1"], arms_of(one="full", two="full")
+    job, ended = toy_job(study_folder, options, arms=arms), 0
+    for _ in range(2):  # what had failed before does not stop it at once
+        study, before = open_study(job), ended
+        while not study.done:
+            spec = one(study.ask())
+            fail(study, spec, "data", f"DataError: cannot read /data/{spec.number}.png")
+            ended += 1
+        said = study.snapshot().stopped
+        assert said is not None
+        assert said.startswith(
+            f"the search was stopped: all {ended - before} trials failed alike (data): DataError: cannot read"
+        )
+        assert f"for the {40 - ended} trials that are left" in said
+        assert "mend the data" in said
+        study.close()
+        assert len(trials(job)) == ended
+        assert "two" in {row["arm"] for row in trials(job)[before:]}, "every arm that has trials left"
+        assert ended - before < 30
+    study = open_study(job)
+    run_all(study)
+    assert study.done
+    assert study.snapshot().stopped is None
+    study.close()
+    assert len(trials(job)) == 40 + 1
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("non_finite", "loss is nan"), ("data", "")])
+def test_a_search_in_which_something_works_or_may_is_not_stopped(study_folder: Path, kind: str, reason: str) -> None:
+    job = toy_job(study_folder, ["search.trials=12", "search.sampler=random", "confirm.seeds=0"])
+    study = open_study(job)
+    if kind == "data":
+        run_pack(study, study.ask())
+    while not study.done:
+        fail(study, one(study.ask()), kind, reason)
+    assert study.snapshot().stopped is None
+    study.close()
+    assert len(trials(job)) == 12
+
+
+def test_a_full_disk_stops_the_search_and_costs_no_trial(study_folder: Path) -> None:
+    job = toy_job(study_folder, ["search.trials=4", "search.sampler=qmc", "search.pruner.kind=none"])
+    study = open_study(job)
+    run_pack(study, study.ask())
+    spec = one(study.ask())
+    fail(study, spec, "disk_full", "OSError: [Errno 28] No space left on device")
+    assert study.done
+    said = study.snapshot().stopped
+    assert said is not None
+    assert (
+        "a trial could not go on (disk_full): OSError: [Errno 28] No space left on device. To go on, free space there"
+        in said
+    )
+    study.close()
+    assert len(trials(job)) == 1
+    again = open_study(job)
+    assert not again.done
+    run_all(again)
+    again.close()
+    rows = {row["trial_id"]: row for row in trials(job)}
+    assert len(rows) == len(trials(job)) == 4 + 2
+    assert rows[spec.trial_id]["config_id"] == spec.config.id
+
+
+@pytest.mark.parametrize("lost", [[0], [1], [2], [0, 1]], ids=str)
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
+def test_parts_that_are_moved_away_run_again_and_no_ask_is_doubled(
+    study_folder: Path, sampler: str, lost: list[int]
+) -> None:
+    """As the remedy for a damaged part has it. Asks of trials in other parts are recalled from these; a trial that is lost with its ask
+    keeps its number."""
+    options = ["search.trials=12", f"search.sampler={sampler}", "search.startup_trials=4", "search.pruner.kind=none"]
+    arms = {
+        "freeze": toy_job(study_folder).arms["freeze"].model_dump(mode="json", exclude_unset=True),
+        **arms_of(probe="linear_probe"),
+    }
+    job = toy_job(study_folder, options, arms=arms)
+    study = open_study(job)
+    while study.searching or study.running:
+        run_pack(study, study.ask())
+        study.ledger.commit()
+        if study.snapshot().done == 9:
+            break
+    interrupt(study)
+    before = {row["trial_id"]: row["config_id"] for row in trials(job)}
+    for table in results.TABLES:
+        for part in lost:
+            (study_folder / table / f"part-{part:06d}.parquet").unlink(missing_ok=True)
+    kept = {row["trial_id"] for row in trials(job)}
+    assert len(kept) == 9 - len(lost)
+    again = open_study(job)
+    run_all(again)
+    assert again.done
+    again.close()
+    rows = trials(job)
+    assert len(rows) == len({row["trial_id"] for row in rows}) == 12 + 2
+    search = [row for row in rows if row["round"] == "search"]
+    assert len({row["config_id"] for row in search}) == 12, "no configuration twice"
+    assert {row["trial_id"]: row["config_id"] for row in search if row["trial_id"] in kept} == {
+        trial_id: before[trial_id] for trial_id in kept
+    }
+    asks = sorted(results.read_asks(job.folder).to_pylist(), key=lambda ask: (ask["arm"], ask["number"]))
+    assert [(ask["arm"], ask["number"]) for ask in asks] == [(arm, n) for arm in sorted(arms) for n in range(6)]
+    assert len({ask["seq"] for ask in asks}) == 12
+    for ask in asks:
+        config = configure(job, job.arms[ask["arm"]], json.loads(ask["params"]))
+        (row,) = [row for row in search if row["trial_id"] == ask["trial_id"]]
+        assert row["config_id"] == config.id
+    last = open_study(job)
+    assert last.done
+    last.close()

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from frostline.data import load_data, subset
 from frostline.features import Feed
@@ -17,7 +16,6 @@ from frostline.outcome import EpochRecord, Outcome
 from frostline.pack import run_pack
 from frostline.prepare import prepare
 from frostline.results import SCHEMAS, table_of
-from frostline.rows import failure
 from frostline.spec import Job
 from frostline.testing import toy_job
 from frostline.trial import Report, run_trial, trial_steps
@@ -125,20 +123,6 @@ def test_a_failure_keeps_its_kind_and_the_end_of_its_traceback(tmp_path: Path) -
     assert row["error"].splitlines()[-1].startswith("frostline.files.DataError")
     assert row["epochs"] == 0
     table_of("trials", [row])
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (MemoryError(), "oom"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "oom"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "oom"),
-        (ValueError("no"), "user_error"),
-        (KeyError("no"), "internal"),
-    ],
-)
-def test_failures_have_kinds(error: Exception, kind: str) -> None:
-    assert failure(error)["error_kind"] == kind
 
 
 def test_every_training_option_runs(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ __all__ = ["SearchFailedError", "best_job", "probe", "search", "train"]
 
 
 class SearchFailedError(RuntimeError):
-    """A search that ran to its end without what it was for: no trial, or no confirmation, has completed."""
+    """A search that ended without what it was for: no trial, or not every confirmation, has completed, or it was stopped."""
 
 
 def search(
@@ -46,7 +46,7 @@ def search(
     At the end, and now and then before, report.html is written into that folder.
 
     Raises a ValueError that lists what is wrong with the job, data or backbone; StudyBusy while another process holds
-    the study; SearchFailedError where every trial failed.
+    the study; SearchFailedError where every trial failed, or the search was stopped since others would have failed too.
     """
     if inline and address:
         raise ValueError("inline = True runs in this process, and address names a cluster: give one of them")
@@ -70,6 +70,8 @@ def search(
             last = _run_on_ray(job, progress, address, who=who, show=show)
     folder = job.folder
     _write_report(folder, console)
+    if last.stopped:
+        raise SearchFailedError(f"{last.stopped}. `frostline results {folder}` shows what there is")
     if last.best is None and job.search.trials:
         raise SearchFailedError(f"none of {last.done} trials completed; `frostline results {folder}` says why")
     if last.confirmed_complete < last.to_confirm:

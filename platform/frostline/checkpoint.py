@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -30,7 +31,7 @@ class CheckpointError(ValueError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """What is not as it was saved."""
+    """What is no checkpoint, or none any more."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,8 @@ def save_training(training: Training, of: str) -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def load_training(training: Training, checkpoint: bytes, of: str) -> None:
-    """Let a training that has not begun go on where that of the checkpoint was. Raises CheckpointError, before anything is
-    changed."""
+def opened(checkpoint: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint and what it says of the training, every byte of them verified. Raises CheckpointError."""
     try:
         tensors = safetensors.torch.load(checkpoint)
         if tensors.pop("sha256").numpy().tobytes() != hash_tensors(tensors.items()).encode():
@@ -91,6 +91,12 @@ def load_training(training: Training, checkpoint: bytes, of: str) -> None:
         raise DamagedCheckpointError(f"this is no checkpoint, or a damaged one: {error}") from error
     if about["format"] != FORMAT:
         raise CheckpointError(f"checkpoint format {about['format']!r}, and this version reads format {FORMAT}")
+    return tensors, about
+
+
+def load_training(training: Training, checkpoint: bytes, of: str) -> None:
+    """Let a training that has not begun go on where that of the checkpoint was. Raises CheckpointError."""
+    tensors, about = opened(checkpoint)
     if about["of"] != of:
         raise CheckpointError("the checkpoint is of another configuration, of other data or weights, or of other code")
     training.records[:] = [EpochRecord(**record) for record in about["records"]]

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from frostline import results
-from frostline.commit import Lease, StudyBusy, committed_parts, write_file
+from frostline.commit import DamagedFile, Lease, StudyBusy, committed_parts, write_file
+from frostline.models import digest
 from frostline.spec import Job
 
 DYING_SECONDS = 30.0
@@ -48,7 +49,7 @@ def record_job(folder: Path, job: Job, facts: Mapping[str, Any], splits: pa.Tabl
     path = folder / "job.json"
     record = {"job": job.model_dump(mode="json", exclude=MAY_DIFFER), "facts": dict(facts)}
     if path.exists() and committed_parts(folder, results.RECORD):
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = results.read_job(folder)
         changed = differences(old["job"], record["job"])
         if WEIGHTS in changed and not NAMED_WEIGHTS.intersection(changed[WEIGHTS]):
             del changed[WEIGHTS]  # two files; that they hold the same is held by weights_hash
@@ -66,11 +67,20 @@ def record_job(folder: Path, job: Job, facts: Mapping[str, Any], splits: pa.Tabl
                 "name (name=NEW), or set these keys back to continue the study; only search.trials may grow."
             )
         record["facts"] = old["facts"]
-        if not changed:
+        if not changed and _has_splits(folder):
             return old["facts"]
     results.write_splits(folder, splits)
-    write_file(path, (json.dumps(record, indent=2) + "\n").encode())
+    read = json.loads(json.dumps(record))
+    write_file(path, (json.dumps({**read, "digest": digest(read)}, indent=2) + "\n").encode())
     return record["facts"]
+
+
+def _has_splits(folder: Path) -> bool:
+    try:
+        results.read_splits(folder)
+    except DamagedFile:
+        return False
+    return True
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> dict[str, tuple[Any, Any]]:

@@ -24,6 +24,7 @@ from frostline.fixed import fixed_job
 from frostline.jobfile import load_job
 from frostline.reference import starter_job
 from frostline.spec import Job
+from frostline.text import plain
 
 FORMATS = ("safetensors", "timm", "torchvision", "transformers", "torch-export", "onnx")
 TRACKERS = ("optuna", "tensorboard", "mlflow", "wandb")
@@ -131,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_reading(commands) -> None:
-    """`results`, `compare`, `report` and `track`: what is made of a study's rows."""
+    """`results`, `compare`, `report`, `track` and `fsck`: what is made of a study's rows, and whether they are right."""
     shown = _command(commands, "results", _results, "show a study's leaderboard, or query its tables")
     shown.add_argument("study", help="the study's folder, for example results/quickstart")
     how = shown.add_mutually_exclusive_group()
@@ -170,6 +171,16 @@ def _add_reading(commands) -> None:
     tracked.add_argument(
         "--out", metavar="PATH", help="the file (optuna, mlflow) or folder (default: in the study's folder `tracked`)"
     )
+
+    checked = _command(commands, "fsck", _fsck, "check every file and row of a study, and mend what can be had again")
+    checked.add_argument("study", help="the study's folder; it may be running, but not be repaired meanwhile")
+    checked.add_argument(
+        "--repair",
+        action="store_true",
+        help="clear up after killed processes, move damaged parts into the study's folder `damaged`, drop damaged checkpoints, "
+        "write the report; the same search then runs again what is missing",
+    )
+    checked.add_argument("--json", action="store_true", help="what was found, and done, as JSON")
 
 
 def _add_bundles(commands) -> None:
@@ -415,6 +426,18 @@ def _track(arguments: argparse.Namespace) -> int:
     for line in (f"{done.path}: {done.wrote}", f"open it with: {done.opened}"):
         console.print(Text(line), soft_wrap=True)
     return 0
+
+
+def _fsck(arguments: argparse.Namespace) -> int:
+    from frostline.fsck import examine, lines, repair
+
+    done, found = repair(arguments.study) if arguments.repair else ([], examine(arguments.study))
+    if arguments.json:
+        print(json.dumps({"study": arguments.study, "done": done, **asdict(found)}, indent=2))
+    else:
+        for line in [*done, *lines(found)]:
+            _stdout().print(plain(line), soft_wrap=True)
+    return 0 if found.sound(repaired=arguments.repair) else 1
 
 
 def _days(text: str) -> float:

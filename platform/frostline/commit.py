@@ -211,7 +211,7 @@ def _read_part(study: Path, table: str, record: str, schema: pa.Schema, part: in
     head, final = study / record / f"part-{part:06d}.parquet", study / table / f"part-{part:06d}.parquet"
     if table == record:
         return load_table(head, schema)
-    commit, listed = _commit_of(head)
+    commit, listed = commit_of(head)
     if table not in listed:
         return None
     temp = _temp(final, commit)
@@ -221,8 +221,8 @@ def _read_part(study: Path, table: str, record: str, schema: pa.Schema, part: in
     return _rows(final, file, schema)
 
 
-def _commit_of(head: Path) -> tuple[str, list[str]]:
-    """The commit's token, and the tables that belong to it beside the record."""
+def commit_of(head: Path) -> tuple[str, list[str]]:
+    """The token of the commit of a record's part, and the tables that belong to it beside the record. Raises DamagedFile."""
     metadata = _metadata(_unsealed(head, _bytes(head)))
     if _TABLES not in metadata:
         raise _damaged(head, "is not the record of a commit")
@@ -313,22 +313,22 @@ def verify_folder(path: Path) -> list[str]:
     return problems
 
 
-def clean(study: Path) -> None:
-    """Clear up after killed processes: finish what they had committed, remove what they had not.
+def leftovers(study: Path) -> list[Path]:
+    """Names that killed processes may have left in the study and its direct subfolders: only such as this module makes."""
+    folders = (study, *sorted(entry for entry in study.iterdir() if entry.is_dir() and entry.name[0] != "."))
+    found = [entry for folder in folders for entry in sorted(folder.iterdir()) if not entry.is_symlink()]
+    return [entry for entry in found if _ASIDE.fullmatch(entry.name) or _TEMP.fullmatch(entry.name)]
 
-    Call it under the lease. Touches only names that this module makes, in the study and its direct subfolders.
-    """
-    for folder in (study, *sorted(entry for entry in study.iterdir() if entry.is_dir() and entry.name[0] != ".")):
-        for entry in sorted(folder.iterdir()):
-            if entry.is_symlink():
-                continue
-            if match := _ASIDE.fullmatch(entry.name):
-                _settle(folder / match["name"])
-            elif match := _TEMP.fullmatch(entry.name):
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                else:
-                    _finish(entry, folder / match["name"], match["token"])
+
+def clean(study: Path) -> None:
+    """Clear up after killed processes: finish what they had committed, remove what they had not. Call it under the lease."""
+    for entry in leftovers(study):
+        if match := _ASIDE.fullmatch(entry.name):
+            _settle(entry.with_name(match["name"]))
+        elif entry.is_dir():
+            shutil.rmtree(entry)
+        elif match := _TEMP.fullmatch(entry.name):
+            _finish(entry, entry.with_name(match["name"]), match["token"])
 
 
 def _finish(temp: Path, final: Path, token: str) -> None:

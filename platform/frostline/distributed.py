@@ -15,23 +15,19 @@ from typing import Any
 os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "30")
 
 import ray
-import torch
 from ray import train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from frostline.checkpoint import Keep
 from frostline.collectives import agreed
+from frostline.failures import AGAIN, again, kind_of
 from frostline.features import Feed
-from frostline.freeze import FreezeError
 from frostline.machine import interface_settings
 from frostline.outcome import EpochRecord
 from frostline.trial import failed, run_trial
 from frostline.trialspec import TrialSpec
 from frostline.world import World, gpus_of_a_trial
-
-OWN = (ValueError, ArithmeticError, FreezeError, MemoryError, torch.OutOfMemoryError)
-"""What goes wrong with a trial itself, and would again; anything else may be another worker's end, as this one sees it."""
 
 
 class _Backend(TorchConfig().backend_cls):
@@ -56,30 +52,35 @@ def train_together(spec: TrialSpec, study: Any, keep: Callable[[Any, TrialSpec],
     """Train one trial on its workers, which Ray places wherever there is room, and start again when some are lost. `keep` says how
     a study keeps a trial.
     """
-    reason = ""
-    for attempt in range(spec.scaling.restarts + 1):
+    kind, reason, losses = "worker_lost", "", 0
+    while losses == 0 or again(kind, losses, restarts=spec.scaling.restarts, kept=True, begun=True):
         with tempfile.TemporaryDirectory(prefix="frostline-train-") as scratch:
             trainer = TorchTrainer(
                 _work,
                 train_loop_config={"spec": spec, "study": study, "keep": keep},
                 scaling_config=_scaling(spec),
-                run_config=train.RunConfig(name=f"{spec.trial_id}-{attempt}", storage_path=scratch),
+                run_config=train.RunConfig(name=f"{spec.trial_id}-{losses}", storage_path=scratch),
                 torch_config=_Group(timeout_s=int(spec.scaling.timeout_s)),
             )
             try:
                 trainer.fit()
             except TrainingFailedError as error:
-                reason = _reason(error)
+                kind, reason = _ended(error)
         if not ray.get(study.runs.remote(spec.trial_id)):
             return
-    ray.get(study.give_up.remote(spec.trial_id, reason))
+        losses += 1
+    ray.get(study.give_up.remote(spec.trial_id, kind, reason))
 
 
-def _reason(error: TrainingFailedError) -> str:
-    """What ended the workers: the end of the first one's complaint."""
+def _ended(error: TrainingFailedError) -> tuple[str, str]:
+    """What ended the workers: the kind, and the end of the first one's complaint. What says nothing of itself, as when a
+    connection breaks, comes of a worker that is gone."""
     complaints = [*error.worker_failures.values()] if isinstance(error, WorkerGroupError) else [error]
+    causes = [error, *(getattr(each, "controller_failure", each) for each in complaints)]
+    kinds = [kind for cause in causes if (kind := kind_of(cause)) in AGAIN]
     lines = [line.strip() for line in str(complaints[0]).splitlines() if line.strip()]
-    return f"a worker ended: {lines[-1] if lines else type(complaints[0]).__name__}"[:500]
+    said = lines[-1] if lines else type(complaints[0]).__name__
+    return next(iter(kinds), "worker_lost"), f"a worker ended: {said}"[:500]
 
 
 def _scaling(spec: TrialSpec) -> train.ScalingConfig:
@@ -114,8 +115,9 @@ def _work(config: dict[str, Any]) -> None:
 
     try:
         outcome = run_trial(spec, feed=Feed(), world=world, report=report, keep=config["keep"](study, spec), row=row)
-    except OWN as error:
-        ray.get(study.finish.remote({spec.trial_id: failed(spec, row, records, error, 0.0)}))
+    except Exception as error:
+        if kind_of(error) not in (*AGAIN, "internal"):  # those may be another worker's end, as this one sees it
+            ray.get(study.finish.remote({spec.trial_id: failed(spec, row, records, error, 0.0)}))
         raise
     if world.rank == 0:
         ray.get(study.finish.remote({spec.trial_id: outcome}))

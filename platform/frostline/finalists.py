@@ -21,6 +21,8 @@ class Finished:
     score: float | None
     seconds: float
     finalist_of: str | None = None
+    failure: tuple[str, str] | None = None
+    """Of one that failed: its kind and reason."""
 
 
 def best_of(trials: Sequence[Finished], mode: str) -> Finished | None:
@@ -64,4 +66,5 @@ def remember(row: Mapping[str, Any]) -> Finished:
         score=row.get("val_score"),
         seconds=row["seconds"],
         finalist_of=row.get("finalist_of"),
+        failure=(row.get("error_kind") or "internal", row.get("reason") or "") if row["status"] == "failed" else None,
     )

@@ -38,11 +38,11 @@ class Outcome:
     bundle: dict[str, bytes] = field(default_factory=dict)
 
 
-def lost(spec: TrialSpec, records: Sequence[EpochRecord], reason: str) -> Outcome:
-    """The outcome of a trial whose process is gone: what it had reported, and that it was lost."""
+def lost(spec: TrialSpec, records: Sequence[EpochRecord], kind: str, reason: str) -> Outcome:
+    """The outcome of a trial that cannot speak for itself, its process being gone: what it had reported, and how it ended."""
     row = asked(spec) | summarise(spec, records, "failed")
     seconds = sum(record.seconds for record in records)
-    row |= {"error_kind": "worker_lost", "reason": reason, "seconds": seconds, "spent_s": seconds}
+    row |= {"error_kind": kind, "reason": reason, "seconds": seconds, "spent_s": seconds}
     return Outcome(row | {"finished_at": datetime.now(UTC)})
 
 
@@ -89,3 +89,23 @@ def summarise(spec: TrialSpec, records: Sequence[EpochRecord], status: str) -> d
     if status == "pruned":
         row["reason"] = f"stopped after epoch {len(records)} of {spec.config.train.epochs}"
     return row
+
+
+def epoch_row(trial_id: str, record: EpochRecord, seq: int, heard_seq: int, stop: bool) -> dict[str, Any]:
+    """The row of an epoch that was heard at `seq`, judged with those from `heard_seq` on, and stopped or not."""
+    return {
+        "trial_id": trial_id,
+        "epoch": record.epoch,
+        "phase": record.phase,
+        "seq": seq,
+        "heard_seq": heard_seq,
+        "train_loss": record.train_loss,
+        "val_loss": record.val["nll"],
+        "val_score": record.val_score,
+        **{f"val_{name}": record.val[name] for name in ("accuracy", "balanced_accuracy", "macro_f1")},
+        "lr": record.lr,
+        "head_lr": record.head_lr,
+        "seconds": record.seconds,
+        "images": record.images,
+        "decision": "stop" if stop else "continue",
+    }

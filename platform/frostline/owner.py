@@ -96,10 +96,10 @@ class StudyActor:
         """Whether a trial has not ended."""
         return trial_id in self._opened.running
 
-    def give_up(self, trial_id: str, reason: str) -> None:
+    def give_up(self, trial_id: str, kind: str, reason: str) -> None:
         """End a trial that has lost its workers too often."""
         running = self._opened.running[trial_id]
-        self._opened.finish({trial_id: lost(running.spec, running.records, reason)})
+        self._opened.finish({trial_id: lost(running.spec, running.records, kind, reason)})
 
     def hold(self, root: str, keys: Collection[str]) -> None:
         self._opened.hold(root, keys)

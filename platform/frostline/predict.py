@@ -25,7 +25,16 @@ import torch
 from rich.console import Console
 
 from frostline.bundle import Bundle, load_bundle
-from frostline.commit import Lease, clean, commit_part, committed_parts, local_folder, read_table, write_file
+from frostline.commit import (
+    DamagedFile,
+    Lease,
+    clean,
+    commit_part,
+    committed_parts,
+    local_folder,
+    read_table,
+    write_file,
+)
 from frostline.data import load_data, recipe_of
 from frostline.files import DataError
 from frostline.jobfile import parse_job
@@ -206,7 +215,11 @@ def _claim(folder: Path, bundle: Bundle, work: Work) -> None:
     }
     path = folder / "predict.json"
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(path.read_bytes())
+        except ValueError as error:
+            told = f"{path} is not what was written ({error}). Put it back from a copy, or give another --out"
+            raise DamagedFile(told) from None
         if changed := [key for key in about if before.get(key) != about[key]]:
             what = "; ".join(f"{key} was {before.get(key)!r}, now {about[key]!r}" for key in changed[:3])
             raise ValueError(f"{folder} holds predictions of something else ({what}); give another --out")

@@ -8,9 +8,11 @@ recorded order of asks, reports and tells replays to the same proposals.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from bisect import insort
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from itertools import count, islice
 from typing import Any
 
@@ -50,7 +52,9 @@ class Proposer:
         self.space = dict(sorted(distributions(arm, stages).items()))
         self.axes = {path: _axis(dist) for path, dist in self.space.items()}
         self.cube = _SearchSpaceTransform({**self.axes}, transform_0_1=True) if self.axes else None
-        sizes = [size for axis in self.axes.values() if (size := _size(axis))]
+        self.sizes = {path: _size(axis) for path, axis in self.axes.items()}
+        """How many values each searched key has, None where they have no end."""
+        sizes = [size for size in self.sizes.values() if size]
         self.points = math.prod(sizes) if len(sizes) == len(self.axes) else None
         """How many configurations the space has, None where it has no end; an arm ends with them."""
         if self.kind == "grid" and self.axes and (points := self.points or 0) < budget:
@@ -95,6 +99,15 @@ class Proposer:
         """The configuration that trial `number` was asked with, by dotted job key."""
         entries = zip(self.space.items(), self.asks[number], strict=True)
         return {path: dist.to_external_repr(entry) for (path, dist), entry in entries}
+
+    def values_of(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What a trial of the arm was asked with, as its configuration (section -> key -> JSON value) tells."""
+        parts = {path: path.split(".", 1) for path in self.space}
+        return {path: _nearest(self.space[path], config[section][key]) for path, (section, key) in parts.items()}
+
+    def reserve(self, values: Mapping[str, Any]) -> None:
+        """Keep a configuration from being proposed again."""
+        self.used.add(self._point(values))
 
     def ask(self, k: int = 1) -> list[dict[str, Any]]:
         """The arm's next `k` configurations, from one fit. There must be as many left (`points`)."""
@@ -207,6 +220,29 @@ class Proposer:
             place, step = divmod(place, _size(axis) or 0)
             entries.append(float(min(axis.low + step * axis.step, axis.high)))
         return tuple(entries)
+
+
+def ask_row(
+    seq: int | None, trial_id: str, arm: str, number: int, batch: int, values: Mapping[str, Any], asked_at: datetime
+) -> dict[str, Any]:
+    """A row of the table `asks`; `batch` is the number of the first of those that were asked for together."""
+    known = {"seq": seq, "trial_id": trial_id, "arm": arm, "number": number, "batch": batch}
+    return {**known, "params": json.dumps(values), "asked_at": asked_at}
+
+
+def recalled(
+    asks: Sequence[Mapping[str, Any]], trials: Sequence[Mapping[str, Any]], proposers: Mapping[str, Proposer]
+) -> list[dict[str, Any]]:
+    """The rows of asks that the table lacks, of search trials that have a row; what is known is not proposed again."""
+    known, found = {ask["trial_id"] for ask in asks}, []
+    for row in trials:
+        if row["round"] == "search" and row["trial_id"] not in known:
+            values = proposers[row["arm"]].values_of(json.loads(row["spec"])["config"])
+            number, asked_at = row["number"], row["started_at"] or row["finished_at"]
+            found.append(ask_row(row["ask_seq"], row["trial_id"], row["arm"], number, number, values, asked_at))
+    for ask in [*asks, *found]:
+        proposers[ask["arm"]].reserve(json.loads(ask["params"]))
+    return found
 
 
 def batch(sampler: Sampler, asked: int, share: int, lanes: int, startup: int) -> int:

@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from frostline.commit import VERSION, DamagedFile, committed_parts, load_table, local_folder, read_table, write_table
+from frostline.failures import KINDS
+from frostline.models import digest
 from frostline.spec import Mode
 from frostline.text import count, duration, plain, print_whole, short
 
@@ -239,14 +241,16 @@ def read_splits(study: str | Path) -> pa.Table:
 
 
 def read_job(study: str | Path) -> dict[str, Any]:
-    """job.json: `job`, resolved, and `facts`."""
+    """job.json: `job`, resolved, and `facts`, verified by their digest."""
     path = _folder(study) / "job.json"
     try:
         record = json.loads(path.read_bytes())
     except ValueError as error:
         raise DamagedFile(f"{path} is not what was written ({error}). Put it back from a copy") from None
-    if not isinstance(record, dict) or not {"job", "facts"} <= record.keys():
-        raise NotAStudyError(f"{path} was not written by Frostline: it holds no `job` and `facts`")
+    if not isinstance(record, dict) or {*record} - {"digest"} != {"job", "facts"}:
+        raise NotAStudyError(f"{path} was not written by Frostline: it holds no `job` and `facts`, or more")
+    if record.pop("digest", None) not in (None, digest(record)):  # a study of an earlier version has none
+        raise DamagedFile(f"{path} is not what was written. Put it back from a copy")
     return record
 
 
@@ -463,7 +467,8 @@ def _summary(found: Mapping[str, Any], study: Path) -> Iterable[str]:
         yield "confirm: " + ", ".join(f"{n} {status}" for status, n in confirm.items())
     for kind, reasons in found["stopped"].items():
         if kind != "pruned":
-            yield f"failed, {kind}: {sum(reasons.values())}, for example: {next(iter(reasons))}"
+            said = f"failed, {kind}: {sum(reasons.values())}, for example: {next(iter(reasons))}"
+            yield f"{said} ({KINDS[kind].remedy})" if kind in KINDS else said
     yield from _closed_form(found["probes"], found["mode"])
     yield from (each["text"] for each in found["agreement"])
     cost = found["cost"]

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from frostline.backbone import Backbone, BackboneError
-from frostline.data import DataError, Dataset
+from frostline.backbone import Backbone
+from frostline.data import Dataset
+from frostline.failures import kind_of
 from frostline.freeze import Applied, FreezeError, Network, Plan, stage_rates
 from frostline.metrics import FURTHER, probabilities, scores
 from frostline.outcome import EpochRecord, asked
 from frostline.spec import Train
-from frostline.training import Batches, NonFiniteError
+from frostline.training import Batches
 from frostline.trialspec import TrialSpec
 from frostline.world import World, hardware, peak_mib, reset_peak
 
@@ -67,16 +68,9 @@ def describe_network(
 
 def failure(error: Exception) -> dict[str, Any]:
     """The columns that say why a trial failed."""
-    kinds = {
-        "oom": isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error),
-        "non_finite": isinstance(error, NonFiniteError),
-        "audit": isinstance(error, FreezeError),
-        "data": isinstance(error, DataError),
-        "user_error": isinstance(error, BackboneError | ValueError),
-    }
     lines = "".join(traceback.format_exception(error)).strip().splitlines()
     return {
-        "error_kind": next((kind for kind, fits in kinds.items() if fits), "internal"),
+        "error_kind": kind_of(error),
         "reason": f"{type(error).__name__}: {error}"[:500],
         "error": "\n".join(lines[-12:]),
         "audit": str(error)[:500] if isinstance(error, FreezeError) else None,

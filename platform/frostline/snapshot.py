@@ -48,3 +48,5 @@ class Snapshot:
     """What runs, where nothing is searched."""
     trouble: str | None = None
     """What went wrong last that is no trial's fault, and ended nothing."""
+    stopped: str | None = None
+    """Why the search ends before its end, and what to do."""

@@ -27,13 +27,14 @@ from frostline.claim import record_job, take_lease
 from frostline.commit import clean, publish_folder
 from frostline.costs import alone_seconds, times_of
 from frostline.depths import cut_of, end_of
+from frostline.failures import again, past_hope, stop_text, stops
 from frostline.files import locate
 from frostline.finalists import Finished, best_of, best_probe, choose_finalists, fixed, remember
 from frostline.keeping import drop_checkpoint, keep_checkpoint, kept_trials, read_checkpoint
 from frostline.ledger import Ledger
-from frostline.outcome import EpochRecord, Outcome, lost
+from frostline.outcome import EpochRecord, Outcome, epoch_row, lost
 from frostline.packing import take_pack
-from frostline.propose import Proposer, batch, precisions
+from frostline.propose import Proposer, ask_row, batch, precisions, recalled
 from frostline.seeds import Seeds
 from frostline.snapshot import Snapshot, Training
 from frostline.spec import Job, Mode, Round
@@ -87,9 +88,11 @@ class Study:
             self.checkpoints = locate(beside) / job.name if beside else locate(str(self.folder / "checkpoints"))
             self.with_checkpoint = kept_trials(self.checkpoints)  # to go on from
             self.trouble: str | None = None
-            self.seq = 0
-            self.opened = time.monotonic()
+            self.stopped: str | None = None  # before its end, and why
+            self.seq, self.opened = 0, time.monotonic()
             self._restore()
+            self.before = len(self.finished)
+            self.promising = any(trial.round == "search" and not trial.failure for trial in self.finished)
         except BaseException:
             self.lease.release()
             raise
@@ -173,17 +176,16 @@ class Study:
             running = self.running[trial_id]
             stop = running.spec.round == "search" and stops.get((running.spec.arm, running.spec.number), False)
             running.records.append(record)
-            running.epoch_rows.append(_epoch_row(trial_id, record, self._next_seq(), heard_seq, stop))
+            running.epoch_rows.append(epoch_row(trial_id, record, self._next_seq(), heard_seq, stop))
             answers[trial_id] = not stop
         return answers
 
     def keep(self, trial_id: str, checkpoint: bytes) -> None:
         """Keep the state of a running trial, in the place of an earlier one; what goes wrong is told in the next snapshot."""
         if trial_id in self.running:
-            if trouble := keep_checkpoint(self.checkpoints, trial_id, checkpoint):
-                self.trouble = trouble
-            else:
+            if not (trouble := keep_checkpoint(self.checkpoints, trial_id, checkpoint)):
                 self.with_checkpoint.add(trial_id)
+            self.trouble = trouble or self.trouble
 
     def kept(self, trial_id: str) -> bytes | None:
         """What a trial goes on from, which was interrupted in this or an earlier run of the study."""
@@ -217,7 +219,13 @@ class Study:
     def finish(self, outcomes: Mapping[str, Outcome]) -> None:
         """Take the outcomes of trials. Raises KeyError for a trial that is not running."""
         for trial_id, outcome in outcomes.items():
-            self._finish(trial_id, outcome)
+            kind = outcome.row.get("error_kind")
+            if kind and stops(kind):  # it gets no row, and is run again
+                self.waiting.insert(0, self.running.pop(trial_id))
+                self._stop(kind, outcome.row["reason"])
+            else:
+                self._finish(trial_id, outcome)
+        self._give_up()
         self.ledger.commit_if_due()
 
     def _finish(self, trial_id: str, outcome: Outcome) -> None:
@@ -234,6 +242,7 @@ class Study:
         if outcome.bundle and best_of([*self._confirmed(), done], self.mode) == done:
             publish_folder(self.folder / "bundle", outcome.bundle)
         if running.spec.round == "search":
+            self.promising |= done.failure is None
             self.budget.charge(row)
             self.proposers[row["arm"]].tell(row["number"], row["status"], row.get("val_score"))
         self.ledger.add("trials", [row])
@@ -245,20 +254,36 @@ class Study:
         del self.running[trial_id]
         self.finished.append(done)
 
+    def _give_up(self) -> None:
+        """End the search once all that it has tried since it was opened has failed alike, and nothing before has not."""
+        if self.stopped or self.promising:
+            return
+        ended = [trial for trial in self.finished[self.before :] if trial.round == "search"]
+        tried = [
+            (each.arm, self.proposers[each.arm].values(each.number), why) for each in ended if (why := each.failure)
+        ]
+        waiting = {running.spec.arm for running in self.waiting}
+        left = [name for name, each in self.proposers.items() if name in waiting or self.budget.left(name, each.asked)]
+        if left and past_hope(tried, {name: self.proposers[name].sizes for name in left}):
+            self._stop(*tried[-1][2], failed=len(tried))
+
+    def _stop(self, kind: str, reason: str, failed: int = 0) -> None:
+        left = self.total - sum(trial.round == "search" for trial in self.finished)
+        self.stopped = self.stopped or stop_text(kind, reason, failed, left)
+
     def lose(self, trial_ids: Sequence[str], reason: str) -> None:
-        """End trials whose worker is gone, unless they had finished. One that was kept goes on from there, alone, and so does,
-        once, one that had not begun: of a pack, the lane that takes its process with it may be any."""
-        again = []
+        """End trials whose worker is gone, unless they had finished. Those that are tried `again` are tried alone: of a pack, the
+        lane that takes its process with it may be any."""
+        back = []
         for running in [self.running[trial_id] for trial_id in trial_ids if trial_id in self.running]:
-            kept = running.spec.trial_id in self.with_checkpoint
-            allowed = self.job.scaling.restarts if kept else 0 if running.records else 1
-            if running.losses >= allowed:
-                outcome = lost(running.spec, running.records, reason)
-                self.finish({running.spec.trial_id: outcome})
+            trial_id, losses = running.spec.trial_id, running.losses + 1
+            kept, begun = trial_id in self.with_checkpoint, bool(running.records)
+            if again("worker_lost", losses, restarts=self.job.scaling.restarts, kept=kept, begun=begun):
+                del self.running[trial_id]
+                back.append(replace(running, losses=losses))
             else:
-                del self.running[running.spec.trial_id]
-                again.append(replace(running, losses=running.losses + 1))
-        self.waiting = [*again, *self.waiting]
+                self.finish({trial_id: lost(running.spec, running.records, "worker_lost", reason)})
+        self.waiting = [*back, *self.waiting]
 
     @property
     def total(self) -> int:
@@ -273,8 +298,9 @@ class Study:
 
     @property
     def done(self) -> bool:
-        """Whether every trial and confirmation has finished."""
-        return not (self.running or self.waiting) and self._search_left() == 0 and not self._to_confirm()
+        """Whether every trial and confirmation has finished, or the search was stopped."""
+        busy = self.running or self.waiting or self._search_left() or self._to_confirm()
+        return self.stopped is not None or not busy
 
     def snapshot(self) -> Snapshot:
         """Where the study stands; commits what is due."""
@@ -300,6 +326,7 @@ class Study:
             elapsed_s=time.monotonic() - self.opened,
             left_s=self._seconds_left(to_confirm - len(confirmed)),
             latest=self.finished[-1] if self.finished else None,
+            stopped=self.stopped,
             training=() if self.job.search.trials else tuple(_training(each) for each in self.running.values()),
             trouble=self.trouble,
         )
@@ -326,24 +353,20 @@ class Study:
             return []
         name = min(open_arms, key=lambda name: self.proposers[name].asked)
         proposer, search = self.proposers[name], self.job.search
-        first = proposer.asked
-        found = []
+        first, defaults = proposer.asked, len(proposer.defaults)
         size = batch(proposer.kind, first, first + left[name], search.lanes * packs, search.startup_trials)
-        for number, values in enumerate(proposer.ask(size), first):
+        found = self._propose(name, size)
+        return sorted(found, key=lambda each: (each.spec.number >= defaults, -cut_of(each.spec.config, self.stages)))
+
+    def _propose(self, name: str, size: int) -> list[Running]:
+        """The next trials of an arm, from one fit."""
+        first, found = self.proposers[name].asked, []
+        for number, values in enumerate(self.proposers[name].ask(size), first):
             running = Running(self._search_spec(name, number, values), ask_seq=self._next_seq())
             found.append(running)
-            ask = {
-                "seq": running.ask_seq,
-                "trial_id": running.spec.trial_id,
-                "arm": name,
-                "number": number,
-                "batch": first,
-                "params": json.dumps(values),
-                "asked_at": datetime.now(UTC),
-            }
-            self.ledger.add("asks", [ask])
-        defaults = len(proposer.defaults)
-        return sorted(found, key=lambda each: (each.spec.number >= defaults, -cut_of(each.spec.config, self.stages)))
+            row = ask_row(running.ask_seq, running.spec.trial_id, name, number, first, values, datetime.now(UTC))
+            self.ledger.add("asks", [row])
+        return found
 
     def _search_spec(self, arm: str, number: int, values: Mapping[str, Any]) -> TrialSpec:
         seed, seeds = search_seeds(self.job, arm, number)
@@ -440,18 +463,24 @@ class Study:
     # --- opening a study again ---
 
     def _restore(self) -> None:
-        """Rebuild proposals, pruners and what is finished from the committed rows, in the order of the asks."""
+        """Rebuild proposals, pruners and what is finished from the committed rows. Asks that are lost with a damaged part are
+        recalled from the trials that they led to; where there is none, the arm asks anew."""
         self._learn(results.read_probes(self.folder).to_pylist())
-        rows = results.read_trials(self.folder).to_pylist()
+        rows, asks = (read(self.folder).to_pylist() for read in (results.read_trials, results.read_asks))
         epochs: dict[str, dict[int, float]] = {}
-        last_seq = -1
+        seqs = [-1, *(ask["seq"] for ask in asks), *(row["tell_seq"] for row in rows)]
         for epoch in results.read_epochs(self.folder).select(["trial_id", "epoch", "val_score", "seq"]).to_pylist():
             epochs.setdefault(epoch["trial_id"], {})[epoch["epoch"]] = epoch["val_score"]
-            last_seq = max(last_seq, epoch["seq"])
+            seqs.append(epoch["seq"])
+        self.seq = max(seqs) + 1
+        found = recalled(asks, rows, self.proposers)
+        self.ledger.add("asks", found)
         by_id = {row["trial_id"]: row for row in rows}
-        for ask in sorted(results.read_asks(self.folder).to_pylist(), key=lambda ask: ask["seq"]):
+        for ask in sorted([*asks, *found], key=lambda ask: ask["number"]):
             values, row = json.loads(ask["params"]), by_id.get(ask["trial_id"])
             proposer = self.proposers[ask["arm"]]
+            if gap := ask["number"] - proposer.asked:
+                self.waiting += self._propose(ask["arm"], gap)
             if row is None:
                 proposer.restore(values)
                 spec = self._search_spec(ask["arm"], ask["number"], values)
@@ -461,32 +490,11 @@ class Study:
                 known = epochs.get(ask["trial_id"], {})
                 heard = {judged: known[epoch] for epoch in known if (judged := judged_epoch(config, epoch))}
                 proposer.restore(values, status=row["status"], score=row["val_score"], epochs=heard)
-            last_seq = max(last_seq, ask["seq"])
         for row in rows:
             if row["round"] == "search":
                 self.budget.charge(row)
         self.finished = [remember(row) for row in sorted(rows, key=lambda row: row["tell_seq"])]
-        self.seq = max([last_seq, *(row["tell_seq"] for row in rows)]) + 1
 
 
 def _training(running: Running) -> Training:
     return Training(running.spec.trial_id, running.spec.config.train.epochs, running.records[-1:])
-
-
-def _epoch_row(trial_id: str, record: EpochRecord, seq: int, heard_seq: int, stop: bool) -> dict[str, Any]:
-    return {
-        "trial_id": trial_id,
-        "epoch": record.epoch,
-        "phase": record.phase,
-        "seq": seq,
-        "heard_seq": heard_seq,
-        "train_loss": record.train_loss,
-        "val_loss": record.val["nll"],
-        "val_score": record.val_score,
-        **{f"val_{name}": record.val[name] for name in ("accuracy", "balanced_accuracy", "macro_f1")},
-        "lr": record.lr,
-        "head_lr": record.head_lr,
-        "seconds": record.seconds,
-        "images": record.images,
-        "decision": "stop" if stop else "continue",
-    }

@@ -48,7 +48,8 @@ def run_trial(
     Every worker of `world` calls it alike, and gets the same. Columns are put into `row` as they become known.
 
     With `keep` the state is saved at the ends of epochs, and a trial that finds one goes on from it to the bit; epochs from before
-    are reported again, at once. Raises CheckpointError for one of another trial.
+    are reported again, at once. One that is damaged is warned of, and the trial begins again. Raises CheckpointError for one of
+    another trial.
     """
     row = {} if row is None else row
     steps, answer = trial_steps(spec, feed=feed, world=world, row=row, keep=keep), None
@@ -147,18 +148,17 @@ def trial_steps(
 def kept_records(
     training: Training, spec: TrialSpec, row: dict[str, Any], keep: Keep | None, clock: Callable[[], float]
 ) -> Iterator[EpochRecord | None]:
-    """The steps of a training, from its checkpoint on where one was kept; first the records of the epochs before that. Between
-    epochs its state is kept, once the record of the last one has been taken. A checkpoint that is damaged is as good as none,
-    which is warned of."""
+    """The steps of a training, from its checkpoint on where a whole one was kept; first the records of the epochs before that. Between
+    epochs its state is kept, once the record of the last one has been taken."""
     if keep is None:
         yield from training.steps()
         return
     of, world = training_id(spec, row), training.world
-    if checkpoint := agreed(world, keep.load):
+    if (checkpoint := agreed(world, keep.load)) is not None:
         try:
             load_training(training, checkpoint, of)
         except DamagedCheckpointError as error:
-            warnings.warn(f"{spec.trial_id} begins anew: {error}", stacklevel=1)
+            warnings.warn(f"{spec.trial_id} begins again: {error}", RuntimeWarning, stacklevel=2)
         yield from list(training.records)
     saved_s = clock()
     for record in training.steps():
