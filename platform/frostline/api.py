@@ -35,17 +35,19 @@ def search(
     *,
     inline: bool = False,
     address: str | None = None,
+    allow_open_cluster: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Run a search to its end, or go on with one that was begun, and answer the folder of its study.
 
     `job` is a job file or a `Job`; `overrides` are `key=value` strings that are laid over it. The search runs on a local Ray
-    that is started and stopped for it, on the cluster at `address`, or (`inline`) in this process.
+    that is started and stopped for it, on the cluster at `address`, or (`inline`) in this process. A cluster that lets in
+    whoever reaches it is refused unless `allow_open_cluster` is given, which the study records.
 
     At the end, and now and then before, report.html is written into that folder.
 
     Raises a ValueError that lists what is wrong with the job, data or backbone; StudyBusy while another process holds
-    the study; SearchFailedError where every trial failed.
+    the study; ClusterError for the cluster; SearchFailedError where every trial failed.
     """
     if inline and address:
         raise ValueError("inline = True runs in this process, and address names a cluster: give one of them")
@@ -70,7 +72,7 @@ def search(
         else:
             from frostline.tune import cluster, run_tune
 
-            with cluster(address) as connected:  # while this prepares
+            with cluster(address, allow_open=allow_open_cluster) as connected:  # while this prepares
                 prepared = prepare(job, progress.decoding)
                 facts = None if address else facts_of(prepared)  # of this machine, unless trials run on others
                 splits = splits_table(prepared.dataset)
@@ -92,6 +94,7 @@ def train(
     *,
     inline: bool = False,
     address: str | None = None,
+    allow_open_cluster: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Train the one configuration that a job without arms says, on `scaling.workers` workers, and answer its folder: rows,
@@ -102,7 +105,7 @@ def train(
     job = fixed_job(_job(job, overrides))
     if inline and job.scaling.workers > 1:
         raise ValueError(f"scaling.workers = {job.scaling.workers}: several workers train on Ray; leave --inline out")
-    return search(job, inline=inline, address=address, console=console)
+    return search(job, inline=inline, address=address, allow_open_cluster=allow_open_cluster, console=console)
 
 
 def probe(
