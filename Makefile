@@ -3,6 +3,8 @@
 # make test-slow    the tests that take minutes, with the extras that only they need
 # make test-faults  the tests of the fault matrix, the long ones too; writes docs/reliability.md
 # make soak         an hour's study with faults at random
+# make lock         requirements.lock: what is installed, with PyPI's hashes
+# make sbom         sbom.json: the same as CycloneDX, with licences
 # make bench        every benchmark; each ends with one line of JSON
 #
 # VENV is where the virtual environment goes (about 6 GB), PYTHON what makes it (3.11 or newer).
@@ -11,7 +13,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow test-faults soak check bench clean
+.PHONY: quickstart test test-slow test-faults soak check lock sbom bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/frostline search jobs/quickstart.toml
@@ -33,6 +35,9 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+lock sbom: $(VENV)/.installed-test
+	$(BIN)/python .ci/lock.py $@
 
 bench: $(VENV)/.installed
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done

@@ -36,9 +36,9 @@ class Head:
 
 
 @contextmanager
-def ray_head(root: Path, *, nodes: int = 1) -> Iterator[Head]:
-    """A head with 2 CPUs and no GPU, and other such nodes beside it, killed by process tree afterwards. They have a broken `frostline` on their path: only that
-    which a job brings can be used there."""
+def ray_head(root: Path, *, nodes: int = 1, host: str = "127.0.0.1", token: bool = True) -> Iterator[Head]:
+    """A head with 2 CPUs and no GPU, and other such nodes beside it, killed by process tree afterwards. They have a broken
+    `frostline` on their path: only that which a job brings can be used there. Without `token` it lets in whoever reaches it."""
     (root / "token").write_text(TOKEN)
     (root / "token").chmod(0o600)
     (root / "home").mkdir()
@@ -49,15 +49,16 @@ def ray_head(root: Path, *, nodes: int = 1) -> Iterator[Head]:
     gcs, dashboard, client, *agents = free_ports(3 + nodes)
     temp = Path(f"/tmp/frostline-{os.getpid()}-{gcs}")  # a socket's path is short
     own = ["--head", f"--port={gcs}", f"--ray-client-server-port={client}", f"--temp-dir={temp}"]
-    own += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1"]
+    own += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--node-ip-address={host}"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     its = env | {"PATH": path, "PYTHONPATH": str(root / "broken"), "RAY_USAGE_STATS_ENABLED": "0"}
+    its |= {} if token else {"RAY_AUTH_MODE": "disabled"}
     started: list[subprocess.Popen] = []
     try:
         for agent in agents:
             started.append(_start(root, its, *own, f"--dashboard-agent-listen-port={agent}"))
-            own = [f"--address=127.0.0.1:{gcs}"]
-        yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", env)
+            own = [f"--address={host}:{gcs}"]
+        yield Head(f"{host}:{gcs}", f"http://127.0.0.1:{dashboard}", env)
     finally:
         for process in started:
             end(process)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ def facts_of(node: str = "10.0.0.1 abc", **other: Any) -> dict[str, Any]:
         "ray_gpus": 2.0,
         "auth": "token",
         "token": "~/.ray/auth_token",
+        "token_shared": None,
+        "sockets": {"gcs_server": [6379]},
         "host": "one",
         "host_address": "10.0.0.1",
         "look_up_s": 0.0,
@@ -46,9 +50,12 @@ def facts_of(node: str = "10.0.0.1 abc", **other: Any) -> dict[str, Any]:
     } | other
 
 
-def found_on(*machines: dict[str, Any], dashboard: dict[str, Any] | None = None) -> dict[str, list[Finding]]:
+def found_on(
+    *machines: dict[str, Any], dashboard: dict[str, Any] | None = None, is_open: bool = False
+) -> dict[str, list[Finding]]:
     """Findings that are not ok, by check; all where nothing is wrong."""
-    found = findings({"cluster": "10.0.0.1:6379", "machines": list(machines), "dashboard": dashboard})
+    facts = {"cluster": "10.0.0.1:6379", "machines": list(machines), "open": is_open, "dashboard": dashboard}
+    found = findings(facts)
     for each in found:
         assert (each.remedy == "") == (each.state == "ok")
     wrong = [each for each in found if each.state != "ok"]
@@ -58,9 +65,20 @@ def found_on(*machines: dict[str, Any], dashboard: dict[str, Any] | None = None)
 def test_nothing_is_found_where_all_is_well() -> None:
     first = facts_of(wrote="/shared/study/.frostline-doctor-1")
     assert found_on(first, facts_of("10.0.0.1 def")) == {}
-    found = findings({"cluster": "10.0.0.1:6379", "machines": [first, facts_of("other")], "dashboard": None})
+    facts = {"cluster": "10.0.0.1:6379", "machines": [first, facts_of("other")], "open": False, "dashboard": None}
+    found = findings(facts)
     assert [each.check for each in found if each.node == "other"] == [
-        *("versions", "devices", "authentication", "storage", "disk (temp)", "disk (storage)", "network", "clock")
+        *(
+            "versions",
+            "devices",
+            "authentication",
+            "sockets",
+            "storage",
+            "disk (temp)",
+            "disk (storage)",
+            "network",
+            "clock",
+        )
     ]
 
 
@@ -78,6 +96,7 @@ def test_versions_that_differ_or_are_missing_fail_where_they_do() -> None:
         ("devices", {"devices": []}, "fail", "Ray gives out 2 GPUs, torch sees no GPU, 8 CPU cores", "--num-gpus=0"),
         ("devices", {"torch_error": "ImportError: libfoo"}, "fail", "cannot be imported: ImportError: libfoo", "anew"),
         ("authentication", {"token": None}, "fail", "and no token", "~/.ray/auth_token"),
+        ("authentication", {"token_shared": "/t"}, "fail", "others can read the token at /t", "chmod 600 /t"),
         ("storage", {"read": False}, "fail", "/shared/study: does not see what the first node wrote", "mount the same"),
         ("storage", {"storage_error": "[Errno 30] Read-only"}, "fail", "/shared/study: [Errno 30]", "writable"),
         ("network", {"host_address": "127.0.1.1"}, "warn", "10.0.0.1 on eth0; one resolves to 127.0.1.1",
@@ -126,17 +145,18 @@ def test_a_node_that_does_not_answer_is_a_failure_of_its_own() -> None:
     assert (found.node, found.state, found.found) == ("gone", "fail", "no answer within 180 s")
 
 
-def test_a_public_dashboard_without_token_fails_and_a_cluster_without_token_warns() -> None:
+def test_a_public_dashboard_and_a_head_that_ask_for_no_token_fail() -> None:
     url = "http://10.0.0.1:8265"
     open_to_all = {"url": url, "token": False, "loopback": False}
     (found,) = found_on(facts_of(auth=None), dashboard=open_to_all)["exposure"]
     assert (found.state, found.found) == ("fail", f"{url} is open: whoever reaches it runs code on the cluster")
-    (found,) = found_on(facts_of(auth=None), dashboard=open_to_all | {"loopback": True})["exposure"]
-    assert found.state == "warn"
+    (found,) = found_on(facts_of(), dashboard=open_to_all | {"loopback": True}, is_open=True)["exposure"]
+    assert (found.state, found.found.partition(":6379 ")[2].partition(":")[0]) == ("fail", "asks for no token")
     assert found_on(facts_of(), dashboard=open_to_all | {"token": True}) == {}
     here = {
         "cluster": None,
         "machines": [facts_of(auth=None, token=None)],
+        "open": False,
         "dashboard": open_to_all | {"loopback": True},
     }
     assert {each.state for each in findings(here)} == {"ok"}
@@ -156,10 +176,20 @@ def test_this_machine_is_examined_as_it_is(tmp_path: Path, capsys: pytest.Captur
     assert main(["doctor", "--storage", "s3://bucket/study"]) == 2
 
 
+LISTEN = "import socket, time; s = socket.create_server(('0.0.0.0', 0)); print(s.getsockname()[1], flush=True); time.sleep(60)"
+
+
 def test_what_listens_beyond_loopback_is_told_from_what_does_not() -> None:
     for host, public in (("127.0.0.1", False), ("0.0.0.0", True)):
         with socket.create_server((host, 0)) as server:
-            assert machine._listens_publicly(server.getsockname()[1]) is public
+            assert machine.listens_publicly(server.getsockname()[1]) is public
+    with subprocess.Popen(
+        [sys.executable, "-c", LISTEN, "/site-packages/ray/gcs_server"], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout
+        port = int(other.stdout.readline())
+        assert port in machine.ray_sockets()["gcs_server"]
+        other.kill()
     assert machine.dashboard("http://127.0.0.1:9") is None
 
 
@@ -184,4 +214,5 @@ def test_every_node_of_a_cluster_is_examined(tmp_path: Path, head: Head) -> None
     assert lines.count("ok authentication mode token, token at RAY_AUTH_TOKEN_PATH") == 2, done.stdout
     assert any(line.startswith(("ok clock +0.", "ok clock -0.")) for line in lines), done.stdout
     assert f"ok exposure {head.dashboard} is on loopback only and wants a token" in lines, done.stdout
+    assert len([line for line in lines if line.startswith("ok sockets ")]) == 2, done.stdout
     assert list(study.iterdir()) == []

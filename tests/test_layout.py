@@ -43,6 +43,7 @@ def test_links_of_the_docs_lead_somewhere() -> None:
     for page in [
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
+        ROOT / "SECURITY.md",
         *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "jobs").glob("*.md"),
         *(ROOT / "cluster").rglob("*.md"),

@@ -36,17 +36,20 @@ def search(
     *,
     inline: bool = False,
     address: str | None = None,
+    allow_open_cluster: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Run a search to its end, or go on with one that was begun, and answer the folder of its study.
 
     `job` is a job file or a `Job`; `overrides` are `key=value` strings that are laid over it. The search runs on a local Ray
-    that is started and stopped for it, on the cluster at `address`, or (`inline`) in this process.
+    that is started and stopped for it, on the cluster at `address`, or (`inline`) in this process. A cluster that lets in
+    whoever reaches it is refused unless `allow_open_cluster` is given, which the study records.
 
     At the end, and now and then before, report.html is written into that folder.
 
     Raises a ValueError that lists what is wrong with the job, data or backbone; StudyBusy while another process holds
-    the study; SearchFailedError where every trial failed, or the search was stopped since others would have failed too.
+    the study; ClusterError for the cluster; SearchFailedError where every trial failed, or the search was stopped since others would
+    have failed too.
     """
     if inline and address:
         raise ValueError("inline = True runs in this process, and address names a cluster: give one of them")
@@ -67,7 +70,7 @@ def search(
         if inline:
             last = _run_inline(job, progress, who=who, show=show)
         else:
-            last = _run_on_ray(job, progress, address, who=who, show=show)
+            last = _run_on_ray(job, progress, address, allow_open_cluster, who=who, show=show)
     folder = job.folder
     _write_report(folder, console)
     if last.stopped:
@@ -91,11 +94,11 @@ def _run_inline(job: Job, progress: Progress, **run: Any) -> Snapshot:
     return run_inline(ready.job, facts_of(ready), splits_table(ready.dataset), **run)
 
 
-def _run_on_ray(job: Job, progress: Progress, address: str | None, **run: Any) -> Snapshot:
+def _run_on_ray(job: Job, progress: Progress, address: str | None, allow_open: bool, **run: Any) -> Snapshot:
     """Ray starts, or is connected to, while this process imports PyTorch and reads the data."""
     from frostline.connection import cluster
 
-    with cluster(address) as connected:
+    with cluster(address, allow_open=allow_open) as connected:
         from frostline.data import splits_table
         from frostline.estimate import facts_of
         from frostline.prepare import prepare
@@ -112,6 +115,7 @@ def train(
     *,
     inline: bool = False,
     address: str | None = None,
+    allow_open_cluster: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Train the one configuration that a job without arms says, on `scaling.workers` workers, and answer its folder: rows,
@@ -122,7 +126,7 @@ def train(
     job = fixed_job(_job(job, overrides))
     if inline and job.scaling.workers > 1:
         raise ValueError(f"scaling.workers = {job.scaling.workers}: several workers train on Ray; leave --inline out")
-    return search(job, inline=inline, address=address, console=console)
+    return search(job, inline=inline, address=address, allow_open_cluster=allow_open_cluster, console=console)
 
 
 def probe(

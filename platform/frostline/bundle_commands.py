@@ -25,6 +25,7 @@ def predict(arguments: argparse.Namespace) -> int:
         features=arguments.features,
         batch=arguments.batch,
         address=arguments.address,
+        allow_open_cluster=arguments.allow_open_cluster,
     )
     console = Console(highlight=False)
     for line in lines(summary):
@@ -91,6 +92,7 @@ def serve(arguments: argparse.Namespace) -> int:
         replicas=arguments.replicas,
         max_batch=arguments.max_batch,
         address=arguments.address,
+        allow_open_cluster=arguments.allow_open_cluster,
         token=read_token(arguments.token_file),
         allow_open=arguments.allow_open,
         allow_hosts=arguments.allow_host,

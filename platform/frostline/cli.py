@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -20,6 +21,7 @@ from rich.text import Text
 import frostline
 from frostline import bundle_commands, cluster_commands, feature_commands, results
 from frostline.commit import StudyBusy
+from frostline.credentials import censored
 from frostline.fixed import fixed_job
 from frostline.jobfile import load_job
 from frostline.reference import starter_job
@@ -35,7 +37,6 @@ OVERRIDE_HELP = "dotted job keys laid over the file, for example train.lr=1e-3 o
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and answer its exit status: 0 done, 1 failed, 2 a mistake in the input, 130 and 143 interrupted."""
     arguments = _parsed(argv)
-    errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     received: list[int] = []
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
@@ -50,22 +51,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except (ValueError, ConnectionError, StudyBusy) as error:
-        errors.print(f"frostline: {error}")
+        _complain(f"frostline: {error}")
         return 2
     except RuntimeError as error:
         if type(error).__module__.partition(".")[0] != "frostline":
             raise
-        errors.print(f"frostline: {error}")
+        _complain(f"frostline: {error}")
         return 1
     except OSError as error:
         full = "; what is committed stays: make room, and give the same command again"
-        errors.print(f"frostline: {error}{full if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}")
+        _complain(f"frostline: {error}{full if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}")
         return 1
     except (KeyboardInterrupt, SystemExit):
         if not received:
             raise  # with a signal behind it, SystemExit is Ray's way to say KeyboardInterrupt
-        errors.print(arguments.interrupted)
+        _complain(arguments.interrupted)
         return 128 + received[-1]
+
+
+def _complain(text: str) -> None:
+    """To stderr, without what a file's name may do to a terminal, and without credentials."""
+    console = Console(stderr=True, highlight=False)
+    for line in censored(text).split("\n"):
+        console.print(plain(line), soft_wrap=True)
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -73,7 +81,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and not ("overrides" in arguments and all("=" in word and not word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {censored(' '.join(rest))}")
     if rest:
         arguments.overrides += rest
     return arguments
@@ -210,6 +218,7 @@ def _add_bundles(commands) -> None:
     predicted.add_argument(
         "--address", help="a running Ray cluster, 'auto' on one of its nodes; else a local Ray where that pays"
     )
+    _add_open(predicted)
 
     exported = _command(commands, "export", bundle_commands.export, "write a bundle for another library, or whole")
     exported.add_argument("bundle", help="the bundle's folder")
@@ -220,9 +229,9 @@ def _add_bundles(commands) -> None:
     what.add_argument("--to", choices=FORMATS, help="the library or format; onnx needs the extra of that name")
     exported.add_argument("--out", metavar="PATH", help="the folder to write (default: beside the bundle)")
 
-    bundle_commands.serve_arguments(
-        _command(commands, "serve", bundle_commands.serve, "answer images over HTTP with bundles, on Ray Serve")
-    )
+    served = _command(commands, "serve", bundle_commands.serve, "answer images over HTTP with bundles, on Ray Serve")
+    bundle_commands.serve_arguments(served)
+    _add_open(served)
 
 
 def _add_features(commands) -> None:
@@ -250,6 +259,7 @@ def _add_submission(commands) -> None:
     )
     _add_job(submitted)
     _add_dashboard(submitted)
+    _add_open(submitted)
     how = submitted.add_mutually_exclusive_group()
     how.add_argument("--no-wait", action="store_true", help="do not follow the job's logs until it has ended")
     how.add_argument(
@@ -308,6 +318,15 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
         "--address", help="a running Ray cluster, 'auto' on one of its nodes; else a local Ray is started"
     )
     where.add_argument("--inline", action="store_true", help="run in this process, without Ray, for debugging")
+    _add_open(parser)
+
+
+def _add_open(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-open-cluster",
+        action="store_true",
+        help="use a cluster even if it lets in whoever reaches it, and runs what they send",
+    )
 
 
 def _add_root(parser: argparse.ArgumentParser) -> None:
@@ -348,16 +367,20 @@ def _add_cluster(commands) -> None:
 
 def _search(arguments: argparse.Namespace) -> int:
     job = load_job(arguments.job, arguments.overrides)
-    _show_end(frostline.search(job, inline=arguments.inline, address=arguments.address))
+    _show_end(frostline.search(job, **_where(arguments)))
     return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
     read = frostline.best_job if arguments.best else load_job
     job = read(arguments.job, arguments.overrides)
-    _show_end(folder := frostline.train(job, inline=arguments.inline, address=arguments.address))
+    _show_end(folder := frostline.train(job, **_where(arguments)))
     _stdout().print(Text(f"bundle: {folder / 'bundle'}"), soft_wrap=True)
     return 0
+
+
+def _where(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("inline", "address", "allow_open_cluster")}
 
 
 def _show_end(study: Path) -> None:

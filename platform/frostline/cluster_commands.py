@@ -36,11 +36,12 @@ def submit(arguments: argparse.Namespace) -> int:
     job = load_job(arguments.job, arguments.overrides)
     jobs_api.check_address(arguments.address)
     if arguments.dry_run:
-        submission = jobs_api.pack(job, Path(tempfile.mkdtemp(prefix=f"frostline-{job.name}-")), Path.cwd())
+        into = Path(tempfile.mkdtemp(prefix=f"frostline-{job.name}-"))
+        submission = jobs_api.pack(job, into, Path.cwd(), allow_open_cluster=arguments.allow_open_cluster)
         print(jobs_api.as_command(submission, arguments.address))
         return 0
     with tempfile.TemporaryDirectory(prefix="frostline-submit-") as scratch:
-        submission = jobs_api.pack(job, Path(scratch), Path.cwd())
+        submission = jobs_api.pack(job, Path(scratch), Path.cwd(), allow_open_cluster=arguments.allow_open_cluster)
         client = jobs_api.connect(arguments.address)
         jobs_api.start(client, submission)
     job_id, at = submission.submission_id, f"--address {arguments.address}"

@@ -5,7 +5,7 @@ Pure functions of plain data, which `nodes` gathers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,13 +46,14 @@ def findings(facts: Facts) -> list[Finding]:
             of_versions(each, machines[0]),
             of_devices(each),
             of_token(each),
+            of_sockets(each),
             *of_storage(each),
             *(of_disk(each["node"], name, each[name]) for name in ("temp", "storage") if each[name]),
             *of_network(each),
         ]
         if each.get("clock") and each is not machines[0]:
             found.append(of_clock(each, machines[0]))
-    found.append(of_exposure(facts["dashboard"], facts["cluster"], machines))
+    found.append(of_exposure(facts["dashboard"], facts["cluster"], facts["open"]))
     return found
 
 
@@ -97,20 +98,29 @@ def of_token(facts: Facts) -> Finding:
     if mode == "token" and not facts["token"]:
         remedy = "put the head's token into ~/.ray/auth_token, or its path into RAY_AUTH_TOKEN_PATH"
         return Finding(facts["node"], "authentication", "fail", "RAY_AUTH_MODE=token, and no token", remedy)
+    if facts["token_shared"]:
+        said, remedy = f"others can read the token at {facts['token_shared']}", f"chmod 600 {facts['token_shared']}"
+        return Finding(facts["node"], "authentication", "fail", f"{said}, and run code with it", remedy)
     where = f", token at {facts['token']}" if facts["token"] else ", no token"
     return Finding(facts["node"], "authentication", "ok", f"mode {mode}{where}")
 
 
-def of_exposure(dashboard: Facts | None, cluster: str | None, machines: Sequence[Facts]) -> Finding:
-    """Whether whoever reaches the dashboard may run code: it was asked without a token."""
+def of_sockets(facts: Facts) -> Finding:
+    """Where Ray's processes there are reached from elsewhere; that they are is a cluster's way, and what `of_exposure` judges."""
+    named = [f"{name} {', '.join(map(str, ports))}" for name, ports in facts["sockets"].items()]
+    found = f"beyond loopback: {'; '.join(named)}" if named else "none of Ray's beyond loopback"
+    return Finding(facts["node"], "sockets", "ok", found)
+
+
+def of_exposure(dashboard: Facts | None, cluster: str | None, is_open: bool) -> Finding:
+    """Whether whoever reaches the dashboard, or the head's port, may run code: both were asked without a token."""
     node, remedy = cluster or "here", "start the cluster with RAY_AUTH_MODE=token, or bind it to 127.0.0.1 and tunnel"
     if dashboard and not dashboard["token"] and not dashboard["loopback"]:
         said = f"{dashboard['url']} is open: whoever reaches it runs code on the cluster"
         return Finding(node, "exposure", "fail", said, remedy)
-    reachable = [each["address"] for each in machines if not each["address"].startswith("127.")]
-    if cluster and reachable and not any(each["auth"] == "token" for each in machines):
-        said = f"no token is asked for: whoever reaches {reachable[0]} may join the cluster and run code"
-        return Finding(node, "exposure", "warn", said, remedy)
+    if is_open:
+        said = f"the head of {node} asks for no token: whoever reaches it may join the cluster and run code"
+        return Finding(node, "exposure", "fail", said, remedy)
     if dashboard is None:
         return Finding(
             node, "exposure", "ok", "no dashboard answers" if cluster else "no dashboard answers on port 8265"

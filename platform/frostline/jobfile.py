@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from frostline.credentials import censored
 from frostline.modality import modality_mistakes
 from frostline.models import Range
 from frostline.spec import (
@@ -353,6 +354,7 @@ def _shown(value: Any) -> str:
 def _toml(value: Any, at_most: int = 80) -> str:
     """A value as it is written in the file, printable and not long."""
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | int | float) else str(value)
+    text = censored(text)
     text = text if len(text) <= at_most else f"{text[:at_most]}…"
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 

@@ -17,7 +17,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from frostline.rayenv import token_place
+from frostline.rayenv import shared_token, token_place
 from frostline.versions import versions
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -43,6 +43,8 @@ def look(node: str, address: str | None = None, temp: str | None = None, storage
         **_devices(),
         "auth": os.environ.get("RAY_AUTH_MODE"),
         "token": token_place(),
+        "token_shared": shared_token(),
+        "sockets": ray_sockets(),
         "host": host,
         "host_address": host_address,
         "look_up_s": look_up_s,
@@ -107,7 +109,7 @@ def dashboard(url: str, *, here: bool = False) -> dict[str, Any] | None:
     except OSError:
         return None
     host, _, port = url.partition("://")[2].rpartition(":")
-    loopback = not _listens_publicly(int(port)) if here else host in ("127.0.0.1", "localhost", "[::1]")
+    loopback = not listens_publicly(int(port)) if here else host in ("127.0.0.1", "localhost", "[::1]")
     return {"url": url, "token": wants_token, "loopback": loopback}
 
 
@@ -154,16 +156,45 @@ def _interfaces() -> dict[str, str]:
     return found
 
 
-def _listens_publicly(port: int) -> bool:
+def listens_publicly(port: int) -> bool:
     """Whether a socket of this machine listens at a TCP port on more than loopback; outside Linux it is taken to."""
-    tables = [path for name in ("tcp", "tcp6") if (path := Path("/proc/net", name)).exists()]
-    for table in tables:
+    return not _tables() or port in _public_sockets().values()
+
+
+def ray_sockets() -> dict[str, list[int]]:
+    """TCP ports at which Ray's processes here listen on more than loopback, by process; empty outside Linux, and without those of
+    other users."""
+    public, found = _public_sockets(), dict[str, set[int]]()
+    for process in Path("/proc").glob("[0-9]*") if public else ():
+        try:
+            words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")[:4]
+            name = next(
+                (Path(word).name for word in words if "-packages/ray/" in word or word.startswith("ray::")), None
+            )
+            for held in (process / "fd").iterdir() if name else ():
+                if (port := public.get(str(held.readlink()))) and name:
+                    found.setdefault(name, set()).add(port)
+        except OSError:  # it has ended, or is another user's
+            continue
+    return {name: sorted(found[name]) for name in sorted(found)}
+
+
+def _public_sockets() -> dict[str, int]:
+    """What listens at a TCP port on more than loopback, as a process's folder of descriptors names it."""
+    found = {}
+    for table in _tables():
         for line in table.read_text().splitlines()[1:]:
-            address, _, number = line.split()[1].partition(":")
-            loopback = address.endswith("7F") if len(address) == 8 else address == "0" * 24 + "01000000"
-            if int(number, 16) == port and line.split()[3] == "0A" and not loopback:
-                return True
-    return not tables
+            words = line.split()
+            address, _, port = words[1].partition(":")
+            mapped = len(address) == 8 or address.startswith("0" * 16 + "FFFF0000")  # IPv4, also in the table of IPv6
+            loopback = address.endswith("7F") if mapped else address == "0" * 24 + "01000000"
+            if words[3] == "0A" and not loopback:
+                found[f"socket:[{words[9]}]"] = int(port, 16)
+    return found
+
+
+def _tables() -> list[Path]:
+    return [path for name in ("tcp", "tcp6") if (path := Path("/proc/net", name)).exists()]
 
 
 def _disk(folder: str) -> dict[str, Any]:

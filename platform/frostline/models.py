@@ -8,7 +8,19 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, WrapValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
+
+from frostline.credentials import holds_credentials
 
 Scalar = bool | int | float | str
 
@@ -20,6 +32,19 @@ class Frozen(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def _without_credentials(address: str) -> str:
+    if holds_credentials(address):
+        raise ValueError(
+            "a job is written down with its study, so that no address in it may hold credentials; leave them out, and set them in "
+            "the environment of every node (for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or where its library looks"
+        )
+    return address
+
+
+Address = Annotated[str, AfterValidator(_without_credentials)]
+"""A path or a URI, without credentials."""
 
 
 def _say_what_a_depth_is(value: Any, handler: Callable[[Any], Any]) -> Any:

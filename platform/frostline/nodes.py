@@ -34,7 +34,8 @@ def _examine_here(storage: str | None) -> dict[str, Any]:
             machine.drop(path)
         except OSError as error:
             facts["storage_error"] = str(error)
-    return {"cluster": None, "machines": [facts], "dashboard": machine.dashboard("http://127.0.0.1:8265", here=True)}
+    dashboard = machine.dashboard("http://127.0.0.1:8265", here=True)
+    return {"cluster": None, "machines": [facts], "open": False, "dashboard": dashboard}
 
 
 def _examine_cluster(address: str, storage: str | None) -> dict[str, Any]:
@@ -42,8 +43,8 @@ def _examine_cluster(address: str, storage: str | None) -> dict[str, Any]:
         cluster,
     )  # not at the top: workers import this module, and need neither Tune nor torch
 
-    with cluster(address) as connected:
-        connected()
+    with cluster(address, allow_open=True) as connected:
+        is_open = connected()
         import ray
         from ray._private import worker
 
@@ -62,6 +63,7 @@ def _examine_cluster(address: str, storage: str | None) -> dict[str, Any]:
         return {
             "cluster": address,
             "machines": machines,
+            "open": is_open,
             "dashboard": machine.dashboard(f"http://{url}") if url else None,
         }
 

@@ -65,6 +65,7 @@ def predict_on_ray(
     keep: Callable[[int, Part], None],
     *,
     address: str | None,
+    allow_open: bool = False,
 ) -> None:
     """Predict these parts on the cluster at `address`, or on a local one that is started and stopped here, and keep each. A pass
     takes the threads, or the GPU, that `resources` give a trial.
@@ -72,7 +73,7 @@ def predict_on_ray(
     The bundle travels; its backbone's weights and the data must be found under the same name on every node.
     """
     files = files_of(bundle)
-    with cluster(address) as wait:
+    with cluster(address, allow_open=allow_open) as wait:
         wait()
         there = ray.cluster_resources()
         gpus = gpus_of_a_trial(resources, there.get("GPU", 0))

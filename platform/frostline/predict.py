@@ -88,12 +88,13 @@ def predict_data(
     features: bool = False,
     batch: int | None = None,
     address: str | None = None,
+    allow_open_cluster: bool = False,
     console: Console | None = None,
 ) -> Summary:
     """Predict all samples at `data`, a local path or a URI, or those of one split, into the folder `out`; or go on with that.
 
     `overrides` are `data.KEY=VALUE` for how the data is read; `features` keeps what the head is given. Small inputs are predicted in
-    this process, others on a local Ray, or at `address` on a cluster.
+    this process, others on a local Ray, or at `address` on a cluster, as in `frostline.search`.
 
     Raises a ValueError where the bundle, the data or `out` cannot be used, PredictError where no sample could be read.
     """
@@ -123,7 +124,8 @@ def predict_data(
         if todo:
             from frostline.pool import predict_on_ray
 
-            predict_on_ray(Path(bundle), loaded.spec.resources, work, todo, keep, address=address)
+            of_trial = loaded.spec.resources
+            predict_on_ray(Path(bundle), of_trial, work, todo, keep, address=address, allow_open=allow_open_cluster)
         summary = _summary(folder, loaded, work)
     if not summary.predicted:
         raise PredictError(f"none of {summary.samples:,} samples could be read; {folder / 'unreadable.csv'} says why")

@@ -233,7 +233,7 @@ def again(subject: Subject) -> Section:
         f"frostline results {folder}",
         f"frostline compare {folder}",
         f"frostline report {folder}",
-        f'frostline results {folder} --sql "select freeze_depth, max(val_score) from trials group by 1 order by 1"',
+        f'frostline results {folder} --sql "select freeze_depth, max(val_score) from trials group by 1 order by 1"',  # noqa: S608 (shown)
     ]
     toml = page.code(as_toml(subject.job), "job file")
     known = {"hardware": subject.facts.get("hardware"), **(subject.facts.get("versions") or {})}

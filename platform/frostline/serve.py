@@ -106,6 +106,7 @@ def serve_bundles(
     replicas: int = 1,
     max_batch: int = EVAL_BATCH,
     address: str | None = None,
+    allow_open_cluster: bool = False,
     token: str | None = None,
     allow_open: bool = False,
     allow_hosts: Sequence[str] = (),
@@ -138,7 +139,7 @@ def serve_bundles(
                 "server of your own"
             )
         groups = grouped(loaded)
-        with cluster(address) as wait:
+        with cluster(address, allow_open=allow_open_cluster) as wait:
             wait()
             with _serving(groups, loaded, folders, replicas, max_batch, stays=address is not None) as asks:
                 served = {name: Served(bundle.classes, IMAGE) for name, bundle in loaded.items()}

@@ -16,7 +16,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from frostline.models import Depth, Dimension, Frozen, Range, Scalar
+from frostline.models import Address, Depth, Dimension, Frozen, Range, Scalar
 
 SEARCHABLE = ("freeze", "head", "train")  # the sections whose keys an arm's space may name
 
@@ -47,10 +47,10 @@ Pool = Literal["mean", "cls"]
 
 
 class Data(Frozen):
-    path: str = Field(min_length=1)
+    path: Address = Field(min_length=1)
     """Images: `digits`, `fashion-mnist`, an image folder (one folder a class, with or without train/val/test above them), a
     folder of IDX files, a Parquet file or a folder of them. Texts: `fortunes`, or tables (CSV, TSV, JSON Lines, Parquet), one
-    or a folder of them. Local, or any URI that pyarrow reads (s3://, gs://)."""
+    or a folder of them. Local, or any URI that pyarrow reads (s3://, gs://), with its credentials in the environment."""
     image_column: str = "image"
     """Parquet only: the column of images (`struct<bytes, path>`, binary, or a path)."""
     text_column: str = "text"
@@ -257,7 +257,7 @@ class Augment(Frozen):
 class Features(Frozen):
     """What is kept of the frozen stages' work, for all trials and studies to read."""
 
-    path: str | None = None
+    path: Address | None = None
     """Where activations are stored: a folder that every node sees, or any URI that pyarrow writes (s3://, gs://); the
     folder `features` beside the study's when not given."""
     cache: Literal["auto", "all", "none"] = "auto"
@@ -299,7 +299,7 @@ class Scaling(Frozen):
     checkpoint_s: float = Field(default=60.0, ge=0)
     """At the end of an epoch the training's state is kept if the last time was this many seconds ago; 0 keeps it after every
     epoch. Trials that train in packs keep none."""
-    checkpoints: str | None = None
+    checkpoints: Address | None = None
     """Where checkpoints are kept until their trial has ended: a folder that the driver sees, or any URI that pyarrow writes
     (s3://, gs://); the folder `checkpoints` of the study when not given."""
     restarts: int = Field(default=3, ge=0)

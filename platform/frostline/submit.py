@@ -24,6 +24,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from frostline.credentials import censored, holds_credentials
 from frostline.extras import extra
 from frostline.jobfile import as_toml
 from frostline.modality import PREFIX
@@ -70,8 +71,8 @@ class Submission:
         }
 
 
-def pack(job: Job, into: Path, here: Path) -> Submission:
-    """Copy what the job needs of the folder `here` into two folders in `into`.
+def pack(job: Job, into: Path, here: Path, *, allow_open_cluster: bool = False) -> Submission:
+    """Copy what the job needs of the folder `here` into two folders in `into`; there the job is run as `frostline.search` says.
 
     Raises SubmissionError where a path of the job means nothing on a cluster, and before anything is copied where the files are
     too large.
@@ -112,6 +113,7 @@ def pack(job: Job, into: Path, here: Path) -> Submission:
             "job.toml",
             "--address",
             "auto",
+            *["--allow-open-cluster"] * allow_open_cluster,
         ),
         metadata={"study": str(job.folder), "frostline": VERSION},
     )
@@ -242,6 +244,10 @@ def check_address(address: str) -> None:
         raise SubmissionError(
             f"--address {address}: the Jobs API is at the URL of the dashboard of the cluster's head, for example "
             f"http://{address.partition(':')[0]}:8265"
+        )
+    if holds_credentials(address):
+        raise SubmissionError(
+            f"--address {censored(address)}: leave the credentials out; Ray's token is found by itself"
         )
 
 

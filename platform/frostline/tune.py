@@ -111,18 +111,19 @@ def run_tune(
     who: Mapping[str, Any],
     show: Callable[[Snapshot], None],
     address: str | None = None,
-    connected: Callable[[], None] | None = None,
+    connected: Callable[[], bool] | None = None,
+    allow_open: bool = False,
     trainable: type[Worker] = Worker,
 ) -> Snapshot:
     """Run the study on the cluster at `address`, or on a local one that is started and stopped here; or (`connected`) on one
     that is being connected to.
 
-    Without `facts`, which say what the stages cost, a worker finds them on the hardware that trials get. `trainable` is what
-    runs the trials; benchmarks and fault tests give one that does no work.
+    Without `facts`, which say what the stages cost, a worker finds them on the hardware that trials get; that a cluster was open,
+    which `allow_open` lets it be, is one of them. `trainable` is what runs the trials; benchmarks and fault tests give one that does no work.
     Raises PlacementError before anything starts where no node can hold a trial, and later where none can any more (`Room`).
     """
-    with nullcontext(connected) if connected else cluster(address) as wait:
-        wait()
+    with nullcontext(connected) if connected else cluster(address, allow_open=allow_open) as wait:
+        is_open = wait()
         gpus = gpus_of_a_trial(job.resources, ray.cluster_resources().get("GPU", 0))
         if job.resources.device == "cuda" and not gpus:
             raise PlacementError("resources.device = 'cuda', and no node has a GPU to give; use 'auto' or 'cpu'")
@@ -135,6 +136,8 @@ def run_tune(
                 facts = ray.get(found.remote(job))
             except RayTaskError as error:
                 raise error.cause from None
+        if is_open:
+            facts = {**facts, "open_cluster": True}
         opening = study.open.remote(job, facts, splits, dict(who), slots)
         workers = min(slots, max(job.search.trials, job.confirm.seeds))
         own: dict[str, float] = {"cpu": job.resources.cpus, "gpu": gpus}
