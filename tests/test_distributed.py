@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -142,6 +143,31 @@ def test_workers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_several_workers_need_ray(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"scaling\.workers = 2"):
         frostline.train(job_of(tmp_path / "study", "scaling.workers=2"), inline=True)
+
+
+def test_what_ended_the_workers_has_a_kind() -> None:
+    """As Ray Train tells it; where it says nothing, as of a connection that breaks, a worker is gone."""
+    from ray.exceptions import RayActorError
+    from ray.train.v2._internal import exceptions as told
+    from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+
+    from frostline.distributed import _ended
+
+    broken = told.UserExceptionWithTraceback(RuntimeError("x"), "Traceback\nRuntimeError: Connection closed by peer")
+    hung = told.WorkerHealthCheckTimeoutError("A worker does not answer.")
+    dead = told.WorkerHealthCheckFailedError("A worker health check failed.", RayActorError())
+    gone = PreemptionError(SimpleNamespace(preempted_ranks=[1]))  # pyright: ignore[reportArgumentType]
+    for error, kind in (
+        (WorkerGroupError("", {0: broken}), "worker_lost"),
+        (WorkerGroupError("", {0: broken, 1: dead}), "worker_lost"),
+        (WorkerGroupError("", {0: broken, 1: hung}), "timeout"),
+        (ControllerError(told.WorkerGroupStartupTimeoutError(4)), "no_resources"),
+        (gone, "preempted"),
+    ):
+        found, reason = _ended(error)
+        assert found == kind
+        assert reason.startswith("a worker ended: ")
+    assert _ended(WorkerGroupError("", {0: broken}))[1] == "a worker ended: RuntimeError: Connection closed by peer"
 
 
 LONG = ("scaling.workers=2", "scaling.checkpoint_s=0", "train.epochs=40", "data.per_class=40")
