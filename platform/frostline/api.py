@@ -74,7 +74,7 @@ def search(
                 prepared = prepare(job, progress.decoding)
                 facts = None if address else facts_of(prepared)  # of this machine, unless trials run on others
                 splits = splits_table(prepared.dataset)
-                last = run_tune(prepared.job, facts, splits, **run, connected=connected)
+                last = run_tune(prepared.job, facts, splits, **run, parcels=prepared.parcels, connected=connected)
     folder = job.folder
     _write_report(folder, console)
     if last.best is None and job.search.trials:

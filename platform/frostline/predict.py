@@ -114,7 +114,7 @@ def predict_data(
         if todo:
             from frostline.pool import predict_on_ray
 
-            predict_on_ray(Path(bundle), loaded.spec.resources, work, todo, keep, address=address)
+            predict_on_ray(Path(bundle), loaded, work, todo, keep, address=address)
         summary = _summary(folder, loaded, work)
     if not summary.predicted:
         raise PredictError(f"none of {summary.samples:,} samples could be read; {folder / 'unreadable.csv'} says why")

@@ -8,24 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frostline.backbone import Backbone, BackboneError, load_backbone
+from frostline.backbone import Backbone, BackboneError, load_backbone, parcels_of
 from frostline.commit import published
 from frostline.cuts import cuts_at, cuts_of
 from frostline.data import DataError, Dataset, load_data, subset
 from frostline.depths import depth_of, end_of
 from frostline.files import locate
 from frostline.inputs import Images
-from frostline.modality import PREFIX, modality_mistakes
+from frostline.modality import BUNDLE, PREFIX, modality_mistakes
 from frostline.propose import distributions, entries_of
 from frostline.seeds import derive_seed
 from frostline.sources import NAMES
 from frostline.spec import BackboneSpec, Data, Head, Job
+from frostline.staging import Parcel
 from frostline.tokens import load_tokenizer
 from frostline.versions import versions
 from frostline.world import find_device, hardware
-
-BUNDLE = "bundle/"
-"""Before the folder of a bundle, as a backbone's name."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,11 @@ class Prepared:
             "hardware": hardware(find_device("cpu")),
             "versions": versions(),
         }
+
+    @property
+    def parcels(self) -> list[Parcel]:
+        """What other nodes need of this machine to train it."""
+        return parcels_of(self.job.backbone, self.backbone, self.job.data.tokenizer)
 
 
 def prepare(job: Job, progress: Callable[[int, int], None] | None = None) -> Prepared:
