@@ -16,10 +16,11 @@ from frostline.depths import depth_of, end_of
 from frostline.files import locate
 from frostline.inputs import Images
 from frostline.modality import BUNDLE, PREFIX, modality_mistakes
+from frostline.models import Scalar
 from frostline.propose import distributions, entries_of
 from frostline.seeds import derive_seed
 from frostline.sources import NAMES
-from frostline.spec import BackboneSpec, Data, Head, Job
+from frostline.spec import Arm, BackboneSpec, Data, Head, Job
 from frostline.staging import Parcel
 from frostline.tokens import load_tokenizer
 from frostline.versions import versions
@@ -78,6 +79,7 @@ def prepare(job: Job, progress: Callable[[int, int], None] | None = None) -> Pre
     depth_of(job.freeze, len(backbone.stages))
     check_scratch(job)
     check_live_norms(job)
+    check_compiled(job)
     check_heads(job, backbone, dataset.size)
     return Prepared(job, backbone, dataset, len(train))
 
@@ -115,11 +117,20 @@ def check_live_norms(job: Job) -> None:
     if job.scaling.micro_batch is None:
         return
     for name, arm in job.arms.items():
-        norms = arm.space.get("freeze.norm", job.freeze.norm)
-        if arm.strategy == "scratch" or "batch" in (norms if isinstance(norms, tuple) else (norms,)):
+        if arm.strategy == "scratch" or _may_be(arm, "freeze.norm", job.freeze.norm, "batch"):
             raise BackboneError(
                 f'arms.{name}: norm layers under freeze.norm = "batch" go by the statistics of what they are given at once, which '
                 "scaling.micro_batch makes smaller; leave micro_batch out, or use another norm"
+            )
+
+
+def check_compiled(job: Job) -> None:
+    """Whether what arms compile can be. Raises BackboneError."""
+    for name, arm in job.arms.items():
+        if job.scaling.mode == "fsdp" and _may_be(arm, "train.compile", job.train.compile, True):
+            raise BackboneError(
+                f'arms.{name}: train.compile = true is not for scaling.mode = "fsdp", which makes parameters whole piece by piece; '
+                "leave one of them out"
             )
 
 
@@ -137,6 +148,12 @@ def check_heads(job: Job, backbone: Backbone, image_size: int) -> None:
             f"head.depth: {backbone.name} has more than one stream of activations after stage {wrong[0]}, so that no head "
             f"can stand there; it can after these: {right}"
         )
+
+
+def _may_be(arm: Arm, key: str, own: Scalar, value: Scalar) -> bool:
+    """Whether a trial of the arm may have this value, where the job has its `own`."""
+    drawn = arm.space.get(key, own)
+    return value in (drawn if isinstance(drawn, tuple) else (drawn,))
 
 
 def _with_absolute_paths(job: Job) -> Job:
