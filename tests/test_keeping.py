@@ -16,12 +16,18 @@ from frostline.study import Study
 from frostline.testing import toy_job
 
 
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+
+
 @pytest.fixture(scope="module")
 def uri() -> Iterator[str]:
     """A bucket of a real S3 endpoint."""
     with s3_endpoint() as (place, client):
         client.create_bucket(Bucket="kept")
-        yield f"s3://k:s@kept/deep?endpoint_override={place}&scheme=http&region=us-east-1"
+        yield f"s3://kept/deep?endpoint_override={place}&scheme=http&region=us-east-1"
 
 
 @pytest.mark.parametrize("where", ["folder", "uri"])

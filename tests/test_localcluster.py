@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from frostline import localcluster, network, results
+from frostline.cache import cache_root
 from frostline.cli import main
 from frostline.localcluster import Cluster, NodeError
 from frostline.testing import toy_job
@@ -57,6 +58,25 @@ from frostline.testing import toy_training
 frostline.train(toy_training(Path(sys.argv[2]), sys.argv[3:]), address=sys.argv[1])
 """
 
+HUB = """
+import sys
+from pathlib import Path
+import safetensors.torch
+import timm
+import torch
+from frostline.testing import ToyNet
+
+torch.manual_seed(5)
+folder = Path(sys.argv[1]) / "hub" / "models--timm--test_resnet.r160_in1k"
+(folder / "refs").mkdir(parents=True)
+(folder / "refs" / "main").write_text("0" * 40)
+snapshot = folder / "snapshots" / ("0" * 40)
+snapshot.mkdir(parents=True)
+safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), snapshot / "model.safetensors")
+safetensors.torch.save_file(ToyNet().state_dict(), Path(sys.argv[1]) / "toy.safetensors")
+"""
+"""Writes what the driver alone has: weights that came from a hub, and a file."""
+
 PLAIN = ("search.sampler=qmc", "search.pruner.kind=none", "features.cache=none")
 
 
@@ -72,11 +92,11 @@ def cluster() -> Iterator[Cluster]:
         localcluster.down()
 
 
-def driver(cluster: Cluster, script: str, *arguments: str) -> subprocess.Popen:
+def driver(cluster: Cluster, script: str, *arguments: str, **settings: str) -> subprocess.Popen:
     """A process of the host's that connects to the cluster."""
     return subprocess.Popen(
         [sys.executable, "-c", script, cluster.address, *arguments],
-        env=os.environ | localcluster.environment(),
+        env=os.environ | localcluster.environment() | settings,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -243,6 +263,57 @@ def test_a_training_that_may_goes_on_with_fewer_workers(cluster: Cluster, tmp_pa
     assert (row["status"], row["epochs"], row["workers"], row["node"]) == ("complete", 30, 2, "node1, node3")
     localcluster.heal("node2")
     wait_until(lambda: localcluster._registered(cluster)["node2"])
+
+
+@pytest.fixture
+def drivers_own(cluster: Cluster, tmp_path: Path) -> Iterator[Path]:
+    """A folder that no node sees, and a cache of weights for each node: over both there is another file system on the nodes."""
+    folder, kept = tmp_path / "own", cache_root() / "weights"
+    for each in (folder, kept):
+        each.mkdir(exist_ok=True)
+    subprocess.run([sys.executable, "-c", HUB, str(folder)], check=True)
+    for node in cluster.nodes[1:]:
+        for each in (folder, kept):
+            on_node(node.name, "mount", "-t", "tmpfs", "none", str(each))
+    yield folder
+    for node in cluster.nodes[1:]:
+        for each in (folder, kept):
+            on_node(node.name, "umount", "--lazy", str(each))
+
+
+def on_node(name: str, *command: str) -> str:
+    """What a command says that sees files as a node does."""
+    pid = localcluster._node(localcluster._there(), name).pid
+    entered = ["nsenter", "--target", str(pid), "--mount", *command]
+    return subprocess.run(entered, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+@needs_namespaces
+@pytest.mark.parametrize("source", ["hub", "file"])
+def test_weights_that_only_the_driver_has_train_on_every_node(
+    cluster: Cluster, drivers_own: Path, tmp_path: Path, source: str
+) -> None:
+    """In a search, and in trials of three workers each. No node sees the driver's files, or could ask a hub."""
+    plain = (*PLAIN, "train.epochs=2", "confirm.seeds=0")
+    hub = ("search.trials=6", "backbone.name=timm/test_resnet", "backbone.weights=pretrained", "data.image_size=32")
+    file = ("search.trials=1", f"backbone.weights={drivers_own / 'toy.safetensors'}", "scaling.workers=3")
+    options = (*plain, *(hub if source == "hub" else file))
+    own = {"FROSTLINE_CACHE": "cache", "HF_HUB_CACHE": "hub", "TORCH_HOME": "torch"}
+    settings = {"HF_HUB_OFFLINE": "1"} | {name: str(drivers_own / folder) for name, folder in own.items()}
+    assert [on_node(name, "ls", str(drivers_own)) for name in NODES] == [""] * 3
+    answer(driver(cluster, SEARCH, str(tmp_path / "cluster" / "study"), *options, **settings))
+    inline = SEARCH.replace("address=sys.argv[1]", 'inline=True, overrides=["scaling.workers=1"]')
+    answer(driver(cluster, inline, str(tmp_path / "study"), *options, **settings))
+    rows, wanted = (results.read_trials(tmp_path / study).to_pylist() for study in ("cluster/study", "study"))
+    assert {row["status"] for row in rows} == {"complete"}
+    assert {row["weights_hash"] for row in rows} == {row["weights_hash"] for row in wanted}
+    if source == "hub":
+        assert numbers(tmp_path / "cluster" / "study") == numbers(tmp_path / "study")
+    used = {name for row in rows for name in row["node"].split(", ")}
+    assert used == {*NODES} if source == "file" else used <= {*NODES}
+    for name in used:
+        assert len(on_node(name, "find", str(cache_root() / "weights"), "-name", "*.safetensors").split()) == 1
 
 
 def trains(raylet: int) -> bool:

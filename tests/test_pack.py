@@ -170,6 +170,8 @@ def test_what_may_train_together_is_what_sees_the_same_batches() -> None:
     assert key(freeze_depth=2) is None, "a suffix shares nothing where activations are read"
     assert key(job=LIVE, freeze_depth=2) == key(job=LIVE, freeze_depth=1) == key(job=LIVE), "but a live pass it does"
     assert pack_key(spec_of(JOB, 0, {}).model_copy(update={"cached": False}), STAGES) is None
+    assert key(train_compile=True) == same, "heads alone are not compiled"
+    assert key(job=LIVE, freeze_depth=2, train_compile=True) is None
 
 
 def test_as_many_packs_as_can_start_share_what_fits() -> None:

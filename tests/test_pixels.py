@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from frostline.cache import cache_root
 from frostline.data import recipe_of
 from frostline.files import DataError
 from frostline.images import decode
-from frostline.pixels import Rows, cache_root, content_hashes, load_rows
+from frostline.pixels import Rows, content_hashes, load_rows
 from frostline.sources import Source, open_source
 from frostline.spec import Data
 

@@ -319,6 +319,7 @@ def test_keys_that_can_be_searched() -> None:
             "train.optimizer",
             "train.schedule",
             "train.precision",
+            "train.compile",
             "train.class_weights",
         )
     }

@@ -134,6 +134,8 @@ def test_paths_that_mean_nothing_on_a_cluster_are_refused_together(capsys: pytes
     assert "results=/shared/small" in error
     assert 'data.path = "photos": data are not sent along' in error
     assert 'features.path = "features"' in error
+    assert main(["submit", "job.toml", "backbone.name=bundle/results/a/bundle", "--address", "http://127.0.0.1:1"]) == 2
+    assert 'backbone.name = "bundle/results/a/bundle": bundles are not sent along' in capsys.readouterr().err
 
 
 def test_a_job_without_arms_is_trained(tmp_path: Path) -> None:

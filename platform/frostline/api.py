@@ -106,7 +106,9 @@ def _run_on_ray(job: Job, progress: Progress, address: str | None, allow_open: b
 
         ready = prepare(job, progress.decoding)
         facts = None if address else facts_of(ready)  # of this machine, unless trials run on others
-        return run_tune(ready.job, facts, splits_table(ready.dataset), **run, connected=connected)
+        return run_tune(
+            ready.job, facts, splits_table(ready.dataset), **run, parcels=ready.parcels, connected=connected
+        )
 
 
 def train(

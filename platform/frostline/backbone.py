@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypedDict
 
+import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -43,7 +44,8 @@ from frostline.stages import (
     stage_costs,
     value_of,
 )
-from frostline.tokens import folder_of
+from frostline.staging import Parcel, kept, parcel, place_of
+from frostline.tokens import encoder_parcel, folder_of
 from frostline.weights import hash_weights, lite0_weights, load_weights, read_weights
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
@@ -71,6 +73,8 @@ class Backbone:
     """Of an input: the side in pixels, or the length in tokens; where a text encoder takes any, 128."""
     classifier: tuple[Tensor, Tensor | None] | None
     """Weight (classes, feature_dim) and bias (classes,) of the classifier taken off, where its weights were given."""
+    from_hub: Mapping[str, Tensor] | None
+    """All tensors of the network as a hub gave them, by name; None where they came from elsewhere."""
     weights_hash: str
     """16 hex digits over all parameters and buffers."""
     stages_hash: str
@@ -108,6 +112,7 @@ class _Network:
     stage_names: tuple[str, ...] = ()
     """Given where `groups` is complete and final."""
     classifier: tuple[Tensor, Tensor | None] | None = None
+    from_hub: Mapping[str, Tensor] | None = None
     source_hash: str | None = None
 
 
@@ -117,13 +122,32 @@ def load_backbone(spec: BackboneSpec, *, image_size: int | None = None) -> Backb
     Loaded once per process; random weights of one seed are the same in every process. Raises BackboneError where the name or the weights
     cannot be had, or the network cannot be cut into stages that run one after the other.
     """
-    path = Path(spec.weights)
+    weights = str(place_of(spec.weights) or spec.weights)
+    path = Path(weights)
     if (path / "bundle.json").is_file():
         path = path / "model.safetensors"
-    stamp = path.stat().st_mtime_ns if spec.weights not in ("pretrained", "random") and path.is_file() else 0
+    stamp = path.stat().st_mtime_ns if weights not in ("pretrained", "random") and path.is_file() else 0
     if reads_text(spec.name):
         stamp += sum(file.stat().st_mtime_ns for file in Path(spec.name.removeprefix(PREFIX)).glob("*.*"))
-    return _load(spec.name, spec.weights, image_size, stamp, spec.seed, spec.pool)
+    return _load(spec.name, weights, image_size, stamp, spec.seed, spec.pool)
+
+
+def parcels_of(spec: BackboneSpec, backbone: Backbone, tokenizer: str | None = None) -> list[Parcel]:
+    """What a node needs of this machine to load the `backbone` that `spec` names, and a tokenizer: weights from a hub, a weights file,
+    a bundle's tensors, encoders. What comes with a package every node has. Raises DataError where the cache cannot be used."""
+    found = []
+    if backbone.from_hub is not None:
+        content = safetensors.torch.save({name: each.contiguous().clone() for name, each in backbone.from_hub.items()})
+        found.append(kept(spec.name, "model.safetensors", content))
+    if spec.weights not in ("pretrained", "random"):
+        path = Path(spec.weights)
+        inside = ("bundle.json", "model.safetensors")
+        of_file = (path.parent, [path.name], path.name)
+        found.append(parcel(spec.weights, path, inside) if path.is_dir() else parcel(spec.weights, *of_file))
+    for name in sorted({spec.name, tokenizer or spec.name}):
+        if name.startswith(PREFIX):
+            found.append(encoder_parcel(name, weights=(name, "pretrained") == (spec.name, spec.weights)))
+    return found
 
 
 def stage_table(backbone: Backbone, size: int) -> tuple[StageCost, ...]:
@@ -185,6 +209,7 @@ def _backbone(name: str, network: _Network) -> Backbone:
         inputs=network.inputs,
         size=network.size,
         classifier=network.classifier,
+        from_hub=network.from_hub,
         weights_hash=hash_weights(module),
         stages_hash=digest([[stage.name, stage.tensors] for stage in stages]),
         source_hash=network.source_hash,
@@ -199,7 +224,9 @@ def _timm(
         raise BackboneError(
             f"timm {timm.__version__} has no {name!r}{_did_you_mean(near)}; timm.list_models() lists all"
         )
-    model = _timm_model(name, pretrained=weights == "pretrained" and not shipped)
+    brought = place_of(f"timm/{name}") if weights == "pretrained" else None
+    from_hub = weights == "pretrained" and not shipped and not brought
+    model = _timm_model(name, pretrained=from_hub)
     native = model.pretrained_cfg["input_size"][-1]
     size = image_size or native
     fixed = model.pretrained_cfg.get("fixed_input_size", False)
@@ -207,7 +234,8 @@ def _timm(
     if weights == "pretrained" and shipped:
         loaded = load_weights(model, shipped(model), "the shipped weights")
     else:
-        loaded = _fill(model, weights, head)
+        loaded = _fill(model, str(brought or weights), head)
+    given = model.state_dict() if from_hub else None
     if fixed and size != native:
         if weights == "random":
             model = _timm_model(name, pretrained=False, img_size=size)
@@ -221,6 +249,7 @@ def _timm(
         size=size,
         groups=_timm_groups(model),
         classifier=classifier,
+        from_hub=given,
     )
 
 
@@ -251,6 +280,8 @@ def _timm_groups(model: Any) -> list[list[str]] | None:
 
 
 def _torchvision(name: str, weights: str, image_size: int | None) -> _Network:
+    brought = place_of(f"torchvision/{name}") if weights == "pretrained" else None
+    from_hub = weights == "pretrained" and not brought
     name, _, tag = name.partition("@")
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
@@ -261,19 +292,21 @@ def _torchvision(name: str, weights: str, image_size: int | None) -> _Network:
         raise BackboneError(f"no weights {tag!r}; {name} has {', '.join(tags)}")
     pretrained = tags[tag or "DEFAULT"]
     try:
-        model = torchvision.models.get_model(name, weights=pretrained if weights == "pretrained" else None)
+        model = torchvision.models.get_model(name, weights=pretrained if from_hub else None)
     except (OSError, RuntimeError) as error:
         raise BackboneError(f"torchvision cannot load {pretrained}: {error}{_NO_DOWNLOAD}") from error
     named = tag or weights == "pretrained"
     preset = pretrained.transforms() if named else None
     size = image_size or (preset.crop_size[0] if preset else 224)
     head = _classifier_of(model, size)
-    loaded = _fill(model, weights, head)
+    loaded = _fill(model, str(brought or weights), head)
+    given = model.state_dict() if from_hub else None
     return _Network(
         module=model,
         inputs=Images(tuple(preset.mean), tuple(preset.std)) if preset else Images(IMAGENET_MEAN, IMAGENET_STD),
         size=size,
         classifier=_take_off(model, head, loaded),
+        from_hub=given,
     )
 
 

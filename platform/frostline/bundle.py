@@ -22,7 +22,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from frostline.adapters import adapt
-from frostline.backbone import Backbone, load_backbone
+from frostline.backbone import Backbone, load_backbone, parcels_of
 from frostline.card import model_card
 from frostline.closedform import pooled_width
 from frostline.collectives import full
@@ -37,7 +37,8 @@ from frostline.images import BadImage, Fit, decode, fitted
 from frostline.inputs import Images, Inputs
 from frostline.metrics import probabilities
 from frostline.samples import BadSample
-from frostline.spec import Data
+from frostline.spec import BackboneSpec, Data
+from frostline.staging import Parcel
 from frostline.tokens import Tokenizer, load_tokenizer, parse_tokenizer, raw_of, to_ids, tokenizer_files
 from frostline.trialspec import TrialSpec
 from frostline.weights import hash_tensors, read_weights
@@ -107,6 +108,11 @@ class Bundle:
     def id(self) -> str:
         """16 hex digits over its tensors and what is known of it."""
         return hash_tensors(self.network.state_dict().items())[:16]
+
+    @property
+    def parcels(self) -> list[Parcel]:
+        """What other nodes need of this machine to load it, besides its own files."""
+        return parcels_of(_begun_with(self.about, self.spec), self.backbone)
 
     @cached_property
     def _ids(self) -> Callable[[bytes], np.ndarray]:
@@ -249,10 +255,9 @@ def load_bundle(folder: str | Path, *, device: str | None = None, threads: int |
     folder = published(Path(folder))
     about, tensors = _read(folder)
     spec = TrialSpec.model_validate(about["spec"])
-    wanted = spec.backbone.model_copy(update={"weights": "random"}) if about.get("full") else spec.backbone
     shown = about["preprocessing"]
     check_preprocessing(folder, shown)
-    backbone = load_backbone(wanted, image_size=spec.data.image_size)
+    backbone = load_backbone(_begun_with(about, spec), image_size=spec.data.image_size)
     _check_backbone(folder, about, backbone)
     place = find_device(device or spec.resources.device)
     autocast = autocast_dtype(spec.config.train.precision, place)
@@ -278,6 +283,11 @@ def load_bundle(folder: str | Path, *, device: str | None = None, threads: int |
         inputs=Images(tuple(shown["mean"]), tuple(shown["std"])) if "mean" in shown else backbone.inputs,
         tokenizer=tokenizer_of(folder, shown) if "tokenizer" in shown else None,
     )
+
+
+def _begun_with(about: Mapping[str, Any], spec: TrialSpec) -> BackboneSpec:
+    """The backbone that a bundle's tensors are laid over; which weights it has does not matter where these are all."""
+    return spec.backbone.model_copy(update={"weights": "random"}) if about.get("full") else spec.backbone
 
 
 def build_network(

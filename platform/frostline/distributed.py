@@ -48,16 +48,18 @@ def _choose_interface() -> None:
     os.environ.update(interface_settings(ray.util.get_node_ip_address()))
 
 
-def train_together(spec: TrialSpec, study: Any, keep: Callable[[Any, TrialSpec], Keep]) -> None:
+def train_together(
+    spec: TrialSpec, study: Any, keep: Callable[[Any, TrialSpec], Keep], have: Callable[[], None]
+) -> None:
     """Train one trial on its workers, which Ray places wherever there is room, and start again when some are lost. `keep` says how
-    a study keeps a trial.
+    a study keeps a trial, `have` has on a node what it loads from.
     """
     kind, reason, losses = "worker_lost", "", 0
     while losses == 0 or again(kind, losses, restarts=spec.scaling.restarts, kept=True, begun=True):
         with tempfile.TemporaryDirectory(prefix="frostline-train-") as scratch:
             trainer = TorchTrainer(
                 _work,
-                train_loop_config={"spec": spec, "study": study, "keep": keep},
+                train_loop_config={"spec": spec, "study": study, "keep": keep, "have": have},
                 scaling_config=_scaling(spec),
                 run_config=train.RunConfig(name=f"{spec.trial_id}-{losses}", storage_path=scratch),
                 torch_config=_Group(timeout_s=int(spec.scaling.timeout_s)),
@@ -114,6 +116,7 @@ def _work(config: dict[str, Any]) -> None:
         return agreed(world, lambda: ray.get(study.report.remote({spec.trial_id: record}))[spec.trial_id])
 
     try:
+        config["have"]()
         outcome = run_trial(spec, feed=Feed(), world=world, report=report, keep=config["keep"](study, spec), row=row)
     except Exception as error:
         if kind_of(error) not in (*AGAIN, "internal"):  # those may be another worker's end, as this one sees it

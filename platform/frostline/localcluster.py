@@ -25,8 +25,8 @@ from ipaddress import IPv4Network
 from pathlib import Path
 
 from frostline import network
+from frostline.cache import cache_root
 from frostline.commit import write_file
-from frostline.pixels import cache_root
 
 HEAD = "head"
 PORT = 6379

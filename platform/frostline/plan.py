@@ -12,11 +12,11 @@ from rich.filesize import decimal
 from rich.table import Column, Table
 
 from frostline.backbone import stage_table
+from frostline.cache import cache_root
 from frostline.costs import Choice, StageTimes
 from frostline.estimate import Estimate, Sizes, arm_cuts, cut_choices, estimate, local_slots, mean_bytes, stage_times
 from frostline.inputs import Images
 from frostline.models import Range
-from frostline.pixels import cache_root
 from frostline.prepare import Prepared, prepare
 from frostline.progress import Progress
 from frostline.propose import Proposer

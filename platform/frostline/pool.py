@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ import ray  # isort: skip (as `tune` has set it up)
 import ray.data  # isort: skip
 from ray.exceptions import RayError  # isort: skip
 
-from frostline.bundle import bundle_of, files_of
+from frostline.bundle import Bundle, bundle_of, files_of
 from frostline.parts import Part, Work, batch_of, decoded, predict_part
 from frostline.pixels import Recipe
 from frostline.samples import BadSample
-from frostline.spec import Resources
+from frostline.worker import bring_from
 from frostline.world import gpus_of_a_trial
 
 
@@ -37,8 +37,11 @@ class PoolError(RuntimeError):
 class PartPredictor:
     """An actor: the bundle, loaded once, and parts that pass through it."""
 
-    def __init__(self, files: list[Any], batch: int | None, features: bool, recipe: Recipe) -> None:
-        """`files` is a list of one reference to the bundle's files, name -> content."""
+    def __init__(
+        self, files: list[Any], have: Callable[[], None], batch: int | None, features: bool, recipe: Recipe
+    ) -> None:
+        """`files` is a list of one reference to the bundle's files, name -> content; `have` has here what else it is loaded from."""
+        have()
         self.bundle = bundle_of(ray.get(files[0]))
         self.batch = batch or batch_of(self.bundle, recipe)
         self.features, self.shape, self.dtype = features, recipe.shape, recipe.dtype
@@ -58,8 +61,8 @@ class PartPredictor:
 
 
 def predict_on_ray(
-    bundle: Path,
-    resources: Resources,
+    folder: Path,
+    bundle: Bundle,
     work: Work,
     todo: list[int],
     keep: Callable[[int, Part], None],
@@ -68,11 +71,11 @@ def predict_on_ray(
     allow_open: bool = False,
 ) -> None:
     """Predict these parts on the cluster at `address`, or on a local one that is started and stopped here, and keep each. A pass
-    takes the threads, or the GPU, that `resources` give a trial.
+    takes the threads, or the GPU, that its trial had.
 
-    The bundle travels; its backbone's weights and the data must be found under the same name on every node.
+    The `bundle` in `folder` travels, and what it is loaded from; the data must be found under the same name on every node.
     """
-    files = files_of(bundle)
+    files, resources = files_of(folder), bundle.spec.resources
     with cluster(address, allow_open=allow_open) as wait:
         wait()
         there = ray.cluster_resources()
@@ -81,13 +84,14 @@ def predict_on_ray(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
+        have = partial(bring_from, ray.get_runtime_context().get_node_id(), bundle.parcels)
         held, sent = ray.put(work), ray.put(files)  # in lists they stay references: processes get them once each
         rows = (
             ray.data.from_items([{"part": number} for number in todo], override_num_blocks=len(todo))
             .map(_read_part, fn_args=([held],), num_cpus=1)  # pyright: ignore[reportArgumentType]
             .map(
                 PartPredictor,  # pyright: ignore[reportArgumentType] (as the documentation has it)
-                fn_constructor_args=([sent], work.batch, work.features, work.recipe),
+                fn_constructor_args=([sent], have, work.batch, work.features, work.recipe),
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(places, len(todo)))),
                 num_cpus=resources.threads,
                 num_gpus=gpus,

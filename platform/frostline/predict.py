@@ -124,8 +124,7 @@ def predict_data(
         if todo:
             from frostline.pool import predict_on_ray
 
-            of_trial = loaded.spec.resources
-            predict_on_ray(Path(bundle), of_trial, work, todo, keep, address=address, allow_open=allow_open_cluster)
+            predict_on_ray(Path(bundle), loaded, work, todo, keep, address=address, allow_open=allow_open_cluster)
         summary = _summary(folder, loaded, work)
     if not summary.predicted:
         raise PredictError(f"none of {summary.samples:,} samples could be read; {folder / 'unreadable.csv'} says why")

@@ -10,24 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from frostline.backbone import Backbone, BackboneError, load_backbone
+from frostline.backbone import Backbone, BackboneError, load_backbone, parcels_of
 from frostline.commit import published
 from frostline.cuts import cuts_at, cuts_of
 from frostline.data import DataError, Dataset, load_data, subset
 from frostline.depths import depth_of, end_of
 from frostline.files import locate
 from frostline.inputs import Images
-from frostline.modality import PREFIX, modality_mistakes
+from frostline.modality import BUNDLE, PREFIX, modality_mistakes
+from frostline.models import Scalar
 from frostline.propose import distributions, entries_of
 from frostline.seeds import derive_seed
 from frostline.sources import NAMES
-from frostline.spec import BackboneSpec, Data, Head, Job
+from frostline.spec import Arm, BackboneSpec, Data, Head, Job
+from frostline.staging import Parcel
 from frostline.tokens import load_tokenizer
 from frostline.versions import versions
 from frostline.world import find_device, hardware
-
-BUNDLE = "bundle/"
-"""Before the folder of a bundle, as a backbone's name."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,11 @@ class Prepared:
             "versions": versions(),
         }
 
+    @property
+    def parcels(self) -> list[Parcel]:
+        """What other nodes need of this machine to train it."""
+        return parcels_of(self.job.backbone, self.backbone, self.job.data.tokenizer)
+
 
 def prepare(job: Job, progress: Callable[[int, int], None] | None = None) -> Prepared:
     """Load what the job names and check that all of it fits together, before anything is spent.
@@ -77,6 +81,7 @@ def prepare(job: Job, progress: Callable[[int, int], None] | None = None) -> Pre
     depth_of(job.freeze, len(backbone.stages))
     check_scratch(job)
     check_live_norms(job)
+    check_compiled(job)
     check_heads(job, backbone, dataset.size)
     check_objective(job, dataset)
     return Prepared(job, backbone, dataset, len(train))
@@ -115,11 +120,20 @@ def check_live_norms(job: Job) -> None:
     if job.scaling.micro_batch is None:
         return
     for name, arm in job.arms.items():
-        norms = arm.space.get("freeze.norm", job.freeze.norm)
-        if arm.strategy == "scratch" or "batch" in (norms if isinstance(norms, tuple) else (norms,)):
+        if arm.strategy == "scratch" or _may_be(arm, "freeze.norm", job.freeze.norm, "batch"):
             raise BackboneError(
                 f'arms.{name}: norm layers under freeze.norm = "batch" go by the statistics of what they are given at once, which '
                 "scaling.micro_batch makes smaller; leave micro_batch out, or use another norm"
+            )
+
+
+def check_compiled(job: Job) -> None:
+    """Whether what arms compile can be. Raises BackboneError."""
+    for name, arm in job.arms.items():
+        if job.scaling.mode == "fsdp" and _may_be(arm, "train.compile", job.train.compile, True):
+            raise BackboneError(
+                f'arms.{name}: train.compile = true is not for scaling.mode = "fsdp", which makes parameters whole piece by piece; '
+                "leave one of them out"
             )
 
 
@@ -150,6 +164,12 @@ def check_objective(job: Job, dataset: Dataset) -> None:
                 f"objective.metric = 'auroc' tells classes apart, and in {split} there is only "
                 f"{dataset.classes[present[0]]!r}; use another metric, or give {split} samples of other classes"
             )
+
+
+def _may_be(arm: Arm, key: str, own: Scalar, value: Scalar) -> bool:
+    """Whether a trial of the arm may have this value, where the job has its `own`."""
+    drawn = arm.space.get(key, own)
+    return value in (drawn if isinstance(drawn, tuple) else (drawn,))
 
 
 def _with_absolute_paths(job: Job) -> Job:

@@ -43,6 +43,7 @@ from frostline.intake import IMAGE, Limits, Refused
 from frostline.text import plain
 from frostline.trunks import trunk_id, trunk_of
 from frostline.web import LOOPBACK, Asked, Door, Served, app_of
+from frostline.worker import bring_from
 from frostline.world import gpus_of_a_trial
 
 ATTEMPTS = 3
@@ -268,7 +269,7 @@ def _serving(
     """Replicas that are ready, as an application of Ray Serve a trunk. They end with the block, and Serve too unless it was there
     before; where the cluster does not stay, all end with that. Raises ServeError."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    there = _is_running()
+    there, here = _is_running(), ray.get_runtime_context().get_node_id()
     needs = {tuple(names): _needs(bundles[names[0]], replicas) for names in groups}
     _check_room(needs)
     serve.start(proxy_location=ProxyLocation.Disabled, logging_config=LoggingConfig(log_level="ERROR"))
@@ -277,6 +278,7 @@ def _serving(
         asks: list[Asks] = []
         for names, need in needs.items():
             files = {name: ray.put(files_of(folders[name])) for name in names}
+            have = partial(bring_from, here, [each for name in names for each in bundles[name].parcels])
             deployment: Any = serve.deployment(
                 name="replica",
                 num_replicas=replicas,
@@ -290,7 +292,7 @@ def _serving(
                 logging_config=LoggingConfig(log_level="ERROR", enable_access_log=False),
             )(Replica)
             started.append(f"frostline-{os.getpid()}-{'-'.join(names)}"[:200])
-            handle = serve.run(deployment.bind(partial(_received, files)), name=started[-1], route_prefix=None)
+            handle = serve.run(deployment.bind(partial(_received, files, have)), name=started[-1], route_prefix=None)
             asks.append(Asks.of(names, handle, replicas, most))
         yield asks
     except RuntimeError as error:
@@ -333,8 +335,9 @@ def _check_room(needs: Mapping[tuple[str, ...], Mapping[str, float]]) -> None:
             )
 
 
-def _received(files: Mapping[str, Any]) -> dict[str, Bundle]:
-    """Bundles of references to their files."""
+def _received(files: Mapping[str, Any], have: Callable[[], None]) -> dict[str, Bundle]:
+    """Bundles of references to their files; `have` has here what else they are loaded from."""
+    have()
     return {name: bundle_of(ray.get(held)) for name, held in files.items()}
 
 

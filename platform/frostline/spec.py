@@ -231,6 +231,9 @@ class Train(Frozen):
     (with the running statistics of norm layers as they are)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass; `auto` is bf16 on a GPU that has it, else fp32."""
+    compile: bool = False
+    """Compile the backbone's training steps (torch.compile) in phases that train some of it, which takes up to minutes before the
+    first step and pays in long trainings. Fused arithmetic rounds otherwise; nothing else changes. Such trials train alone."""
 
     @model_validator(mode="after")
     def _one_thing_is_scored(self) -> Train:

@@ -25,9 +25,9 @@ from typing import Any, final
 import numpy as np
 from pyarrow.fs import FileInfo, FileSelector, FileType, LocalFileSystem
 
+from frostline.cache import cache_root
 from frostline.files import Place, locate
 from frostline.models import digest
-from frostline.pixels import cache_root
 from frostline.shards import (
     FORMAT,
     MANIFEST,

