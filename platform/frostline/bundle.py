@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,18 +28,20 @@ from frostline.closedform import pooled_width
 from frostline.collectives import full
 from frostline.commit import publish_folder, published, verify_folder
 from frostline.cuts import Cut, cut_at, leave_at, round_at, widened
+from frostline.data import recipe_of
 from frostline.depths import end_of
 from frostline.features import EVAL_BATCH, filled, on_device, rounded_at
 from frostline.files import locate, read_bytes
 from frostline.freeze import Applied, Network, Plan, apply_plan, compile_plan, pretrained_names, whole
 from frostline.head import build_head
-from frostline.images import BadImage, Fit, decode, fitted
+from frostline.images import BadImage, Fit, fitted
 from frostline.inputs import Images, Inputs
 from frostline.metrics import probabilities
-from frostline.samples import BadSample
+from frostline.pixels import Recipe
+from frostline.samples import BadSample, utf8
 from frostline.spec import BackboneSpec, Data
 from frostline.staging import Parcel
-from frostline.tokens import Tokenizer, load_tokenizer, parse_tokenizer, raw_of, to_ids, tokenizer_files
+from frostline.tokens import Tokenizer, load_tokenizer, parse_tokenizer, raw_of, tokenizer_files
 from frostline.trialspec import TrialSpec
 from frostline.weights import hash_tensors, read_weights
 from frostline.world import autocast_dtype, find_device, mixed
@@ -114,10 +116,15 @@ class Bundle:
         """What other nodes need of this machine to load it, besides its own files."""
         return parcels_of(_begun_with(self.about, self.spec), self.backbone)
 
+    @property
+    def pair(self) -> bool:
+        """Whether a sample is two texts."""
+        return self.about["preprocessing"].get("pair", False)
+
     @cached_property
-    def _ids(self) -> Callable[[bytes], np.ndarray]:
-        assert self.tokenizer is not None
-        return to_ids(self.tokenizer, self.size, pair=self.about["preprocessing"]["pair"])
+    def recipe(self) -> Recipe:
+        """How the raw content of a sample (an encoded image, `raw_of` texts) becomes what `pass_through` takes a row of."""
+        return recipe_of(self.spec.data, None, self.tokenizer)
 
     def predict(
         self, samples: Iterable[Picture] | Iterable[str | Sequence[str]], *, batch_size: int = EVAL_BATCH
@@ -150,8 +157,7 @@ class Bundle:
         if isinstance(image, str | Path):
             image = read_bytes(locate(str(image)))
         if isinstance(image, bytes):
-            most = int(self.spec.data.max_megapixels * 1_000_000)
-            return decode(image, size=self.size, fit=self.fit, max_pixels=most)
+            return self.recipe.make(image)
         if isinstance(image, Image.Image):
             return fitted(image, size=self.size, fit=self.fit)
         if not isinstance(image, np.ndarray):
@@ -163,10 +169,10 @@ class Bundle:
     def ids(self, sample: Any) -> np.ndarray:
         """(size, 2) int32 of a text or of a pair. Raises BadSample."""
         texts = (sample,) if isinstance(sample, str) else tuple(sample)
-        wanted = 2 if self.about["preprocessing"]["pair"] else 1
+        wanted = 1 + self.pair
         if len(texts) != wanted or not all(isinstance(text, str) for text in texts):
             raise BadSample(f"a text each is needed, or of pairs two: here {wanted}")
-        return self._ids(raw_of([text.encode("utf-8", "surrogateescape") for text in texts]))
+        return self.recipe.make(raw_of([utf8(text) for text in texts]))
 
     def pass_through(self, rows: np.ndarray, *, fill: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """(N, C) logits and the (N, D) features that the head is given, of (N, size, size, 3) uint8 pixels or (N, size, 2) int32 ids

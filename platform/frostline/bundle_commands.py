@@ -15,7 +15,7 @@ def predict(arguments: argparse.Namespace) -> int:
     from frostline.predict import lines, predict_data
 
     if arguments.batch is not None and arguments.batch < 1:
-        raise ValueError(f"--batch {arguments.batch}: give 1 or more images a pass")
+        raise ValueError(f"--batch {arguments.batch}: give 1 or more samples a pass")
     summary = predict_data(
         arguments.bundle,
         arguments.data,
@@ -57,7 +57,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine only)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0 is any free one)")
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help="of each backbone (default: 1)")
-    parser.add_argument("--max-batch", type=int, default=64, metavar="N", help="images a pass at most (default: 64)")
+    parser.add_argument("--max-batch", type=int, default=64, metavar="N", help="samples a pass at most (default: 64)")
     parser.add_argument(
         "--address", help="a running Ray cluster for the replicas, 'auto' on one of its nodes; else a local Ray"
     )

@@ -19,9 +19,10 @@ def model_card(spec: TrialSpec, stages: Sequence[str], classes: Sequence[str], r
     noun = "text" if reads_text(spec.backbone.name) else "image"
     task = f"{noun}-classification"
     if noun == "text":
+        sample = '("a text", "its second")' if spec.data.pair_column else '"a text"'
         shown = f"texts, cut to {spec.data.max_tokens} tokens, `{spec.backbone.pool}` pooling; `tokenizer.json` is beside this file"
     else:
-        side = spec.data.image_size
+        sample, side = '"image.png"', spec.data.image_size
         shown = f"RGB, {side} x {side} pixels, `{spec.data.fit}`; mean and deviation are in `bundle.json`"
     depth, metrics = row["freeze_depth"], [name for name in METRICS if f"test_{name}" in row]
     frozen = f"{depth} of {len(stages)} stages frozen" + (f" ({_code(stages[:depth])})" if depth else "")
@@ -66,7 +67,7 @@ def model_card(spec: TrialSpec, stages: Sequence[str], classes: Sequence[str], r
         "```python",
         "import frostline",
         "",
-        'frostline.load_bundle("bundle").predict(["image.png"])  # labels and probabilities',
+        f'frostline.load_bundle("bundle").predict([{sample}])  # labels and probabilities',
         "```",
         "",
         "## Get the same again",

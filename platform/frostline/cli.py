@@ -197,11 +197,12 @@ def _add_bundles(commands) -> None:
         commands,
         "predict",
         bundle_commands.predict,
-        "predict all images of a folder or table with a bundle, into Parquet",
+        "predict all images or texts of a folder or table with a bundle, into Parquet",
     )
     predicted.add_argument("bundle", help="the bundle's folder, for example results/quickstart/bundle")
     predicted.add_argument(
-        "data", help="an image folder, one image, Parquet, or what else a job's data.path takes; local or a URI"
+        "data",
+        help="an image folder, one image, Parquet, a table of texts, or what else a job's data.path takes; local or a URI",
     )
     predicted.add_argument(
         "overrides", nargs="*", metavar="key=value", help="how the data is read, for example data.image_column=photo"
@@ -214,7 +215,9 @@ def _add_bundles(commands) -> None:
     )
     predicted.add_argument("--split", choices=("train", "val", "test"), help="only the samples of this split")
     predicted.add_argument("--features", action="store_true", help="keep the features that the head is given, too")
-    predicted.add_argument("--batch", type=int, metavar="N", help="images a pass (default: 64; on a GPU by its memory)")
+    predicted.add_argument(
+        "--batch", type=int, metavar="N", help="samples a pass (default: 64; on a GPU by its memory)"
+    )
     predicted.add_argument(
         "--address", help="a running Ray cluster, 'auto' on one of its nodes; else a local Ray where that pays"
     )
@@ -229,7 +232,8 @@ def _add_bundles(commands) -> None:
     what.add_argument("--to", choices=FORMATS, help="the library or format; onnx needs the extra of that name")
     exported.add_argument("--out", metavar="PATH", help="the folder to write (default: beside the bundle)")
 
-    served = _command(commands, "serve", bundle_commands.serve, "answer images over HTTP with bundles, on Ray Serve")
+    what = "answer images and texts over HTTP with bundles, on Ray Serve"
+    served = _command(commands, "serve", bundle_commands.serve, what)
     bundle_commands.serve_arguments(served)
     _add_open(served)
 

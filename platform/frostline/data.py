@@ -180,15 +180,16 @@ def _load(spec: Data, split_seed: int, progress: Callable[[int, int], None] | No
     )
 
 
-def recipe_of(spec: Data, source: Source, tokenizer: Tokenizer | None = None) -> Recipe:
-    """How the samples of a source become inputs; texts by this tokenizer, or that which `spec` names."""
+def recipe_of(spec: Data, source: Source | None, tokenizer: Tokenizer | None = None) -> Recipe:
+    """How the samples of a source become inputs, or encoded images and texts from anywhere; texts by this tokenizer, or that
+    which `spec` names."""
     size = spec.size
     assert size is not None, "settle the size before loading"
     if spec.tokenizer is not None:
         tokenizer, pair = tokenizer or load_tokenizer(spec.tokenizer), spec.pair_column is not None
         make = to_ids(tokenizer, size, pair=pair)
         return Recipe("tokens", key_of_rows(tokenizer, size, pair=pair), (size, 2), np.dtype(np.int32), make)
-    fit, max_pixels, grey = spec.fit, int(spec.max_megapixels * 1_000_000), source.grey_shape
+    fit, max_pixels, grey = spec.fit, int(spec.max_megapixels * 1_000_000), source and source.grey_shape
     if grey is not None:
         make: Callable[[bytes], np.ndarray] = partial(decode_grey, shape=grey, size=size, fit=fit)
     else:

@@ -1,7 +1,8 @@
 """A bundle for other libraries: each export is written, read back by the library that it is for, and held to the bundle's logits.
 
 `full` is a bundle again, with all tensors. The others are folders of one model, `frostline.json` (labels, preprocessing, scores, where it
-comes from) and a README that says how to open it. Adapters are merged. What a target cannot express is refused.
+comes from), the tokenizer where it reads texts, and a README that says how to open it. Adapters are merged. What a target cannot
+express is refused.
 """
 
 from __future__ import annotations
@@ -25,15 +26,18 @@ from torch import Tensor, nn
 from frostline.bundle import Bundle, as_json, build_network, bundle_of, full_files, load_bundle
 from frostline.commit import publish_folder
 from frostline.cuts import run_on
+from frostline.encoder import Encoder
+from frostline.export_encoder import OfIds, named, save_for_transformers, usage
 from frostline.extras import extra
 from frostline.freeze import Network
+from frostline.inputs import Texts
 
 TOLERANCE = 1e-4
 """By how much logits may differ, relative to the largest where that is above 1."""
 SAMPLES = 5
 
 Logits = Callable[[Tensor], np.ndarray]
-"""(N, 3, H, W) normalised images to (N, C), by what was read back."""
+"""(N, 3, H, W) normalised images, or (N, 2, T) ids and types of tokens, to (N, C), by what was read back."""
 
 
 class TargetError(ValueError):
@@ -79,32 +83,24 @@ def export_bundle(folder: str | Path, target: str, out: Path | None = None) -> E
     bundle = load_bundle(folder, device="cpu")
     if target == "full":
         return _whole(folder, bundle, out)
-    if target == "transformers":
-        raise TargetError(
-            f"{bundle.spec.backbone.name} is not a model of transformers, so it cannot be written as one; "
-            f"there are {_others(bundle, 'transformers')}"
-        )
-    if bundle.tokenizer is not None:
-        raise TargetError(
-            f"{bundle.spec.backbone.name} reads texts, and only networks that read images are written for {target}; `--full` writes a "
-            "bundle that needs no weights file"
-        )
     chosen = TARGETS[target]
     expected, network = _live(bundle), _merged(bundle)
-    images = _samples(bundle)
+    fed = _samples(bundle)
     with tempfile.TemporaryDirectory(prefix="frostline-export-") as scratch:
         made = Path(scratch)
         logits = chosen.write(bundle, network, made)
-        worst = _held(target, _logits(expected)(images), logits(images))
+        worst = _held(target, _logits(expected)(fed), logits(fed))
         _, _, name = bundle.spec.backbone.name.partition("/")
         parts = {"name": _timm_name(bundle) or name.partition("@")[0], "classes": len(bundle.classes)}
         opened = chosen.opened.format(path=out, **parts)
-        (made / "README.md").write_text(_readme(bundle, chosen, chosen.opened.format(path=out.name, **parts)))
+        if bundle.tokenizer and not (made / "tokenizer.json").exists():
+            (made / "tokenizer.json").write_text(bundle.tokenizer.text, encoding="utf-8")
+        (made / "README.md").write_text(_readme(bundle, target, out.name, chosen.opened.format(path=out.name, **parts)))
         (made / "frostline.json").write_bytes(as_json({**bundle.about, "exported": target}))
         publish_folder(out, {path.name: path.read_bytes() for path in made.iterdir()})
-    wrote = f"logits of {SAMPLES} images within {worst:.1e} of the bundle's"
+    wrote = f"logits of {SAMPLES} {bundle.inputs.noun}s within {worst:.1e} of the bundle's"
     if bundle.rounds:
-        off = float(np.abs(_logits(bundle.network)(images) - _logits(expected)(images)).max())
+        off = float(np.abs(_logits(bundle.network)(fed) - _logits(expected)(fed)).max())
         wrote += f", without the rounding to {bundle.spec.features.dtype} of its training, which makes {off:.1e}"
     return Exported(out, wrote, opened)
 
@@ -153,15 +149,20 @@ def _merge(module: nn.Module) -> None:
 
 
 def _samples(bundle: Bundle) -> Tensor:
-    """Normalised noise, (SAMPLES, 3, H, W), the same each time."""
+    """Normalised noise, (SAMPLES, 3, H, W), or tokens, (SAMPLES, 2, T), of texts or of pairs; the same each time."""
+    if isinstance(bundle.inputs, Texts):
+        tokens = bundle.inputs.noise(SAMPLES, bundle.size)
+        if bundle.pair and bundle.inputs.types > 1:
+            tokens[:, 1, bundle.size // 2 :] = 1
+        return tokens
     generator = torch.Generator().manual_seed(0)
     return torch.randn(SAMPLES, 3, bundle.size, bundle.size, generator=generator)
 
 
 def _logits(network: nn.Module) -> Logits:
-    def give(images: Tensor) -> np.ndarray:
+    def give(fed: Tensor) -> np.ndarray:
         with torch.no_grad():
-            return network(images).numpy()
+            return network(fed).numpy()
 
     return give
 
@@ -220,36 +221,63 @@ def _write_torchvision(bundle: Bundle, network: Network, folder: Path) -> Logits
     return _logits(again.eval())
 
 
-def _write_torch_export(bundle: Bundle, network: Network, folder: Path) -> Logits:
+def _write_transformers(bundle: Bundle, network: Network, folder: Path) -> Logits:
+    if not isinstance(network.backbone, Encoder):
+        name = bundle.spec.backbone.name
+        raise TargetError(f"{name} is not a model of transformers; there are {_others(bundle, 'transformers')}")
+    _check_end(bundle, "transformers")
+    return save_for_transformers(bundle, network.backbone, network.head, folder)
+
+
+def _traced(bundle: Bundle, network: Network) -> tuple[nn.Module, dict[str, Tensor], tuple[dict[int, Any], ...]]:
+    """What a tracer is given: a module, an example of its arguments, and which of their dimensions are free."""
     run_on(network.backbone)
-    batch = torch.export.Dim("batch", min=1, max=1 << 16)
-    example = torch.zeros(2, 3, bundle.size, bundle.size)
+    example = named(network.backbone, _samples(bundle)[:2])
+    free: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=1 << 16)}
+    if isinstance(bundle.inputs, Texts):
+        free[1] = torch.export.Dim("tokens", min=2, max=bundle.inputs.longest)
+        return OfIds(network), example, (free,) * len(example)
+    return network, example, (free,)
+
+
+def _write_torch_export(bundle: Bundle, network: Network, folder: Path) -> Logits:
+    module, example, free = _traced(bundle, network)
     with torch.no_grad(), _hushed():
-        program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
+        program = torch.export.export(module, (*example.values(),), dynamic_shapes=free)
         torch.export.save(program, folder / "model.pt2")
-        return _logits(torch.export.load(folder / "model.pt2").module())
+        again = torch.export.load(folder / "model.pt2").module()
+
+    def give(fed: Tensor) -> np.ndarray:
+        with torch.no_grad():
+            return again(*named(network.backbone, fed).values()).numpy()
+
+    return give
 
 
 def _write_onnx(bundle: Bundle, network: Network, folder: Path) -> Logits:
     for package in ("onnx", "onnxscript"):
         extra("onnx", package)
     runtime = extra("onnx", "onnxruntime")
-    run_on(network.backbone)
-    example = torch.zeros(2, 3, bundle.size, bundle.size)
+    module, example, free = _traced(bundle, network)
     with torch.no_grad(), _hushed():
         torch.onnx.export(
-            network,
-            (example,),
+            module,
+            (*example.values(),),
             folder / "model.onnx",
             dynamo=True,
             verbose=False,
-            input_names=["images"],
+            input_names=[*example],
             output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1 << 16)},),
+            dynamic_shapes=free,
             external_data=sum(tensor.nbytes for tensor in network.state_dict().values()) > 1 << 30,
         )
     session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    return lambda images: session.run(["logits"], {"images": images.numpy()})[0]
+
+    def give(fed: Tensor) -> np.ndarray:
+        given = {name: each.numpy() for name, each in named(network.backbone, fed).items()}
+        return session.run(["logits"], given)[0]
+
+    return give
 
 
 TARGETS: dict[str, Target] = {
@@ -263,6 +291,9 @@ TARGETS: dict[str, Target] = {
         'model.load_state_dict(safetensors.torch.load_file("{path}/model.safetensors"))',
         library="torchvision",
     ),
+    "transformers": Target(
+        _write_transformers, 'transformers.AutoModel.from_pretrained("{path}")', library="transformers"
+    ),
     "torch-export": Target(_write_torch_export, 'torch.export.load("{path}/model.pt2").module()', library="pytorch"),
     "onnx": Target(_write_onnx, 'onnxruntime.InferenceSession("{path}/model.onnx")', library="onnx"),
 }
@@ -273,14 +304,19 @@ def _timm_name(bundle: Bundle) -> str | None:
     return "tf_efficientnet_lite0" if source == "efficientnet-lite0" else name if source == "timm" else None
 
 
-def _check_linear(bundle: Bundle, target: str) -> None:
-    """Raises TargetError unless the head is one linear layer at the backbone's end."""
+def _check_end(bundle: Bundle, target: str) -> None:
+    """Raises TargetError unless the head stands at the backbone's end."""
     stages = len(bundle.backbone.stages)
     if bundle.plan.end < stages:
         raise TargetError(
             f"its head stands after stage {bundle.plan.end} of {stages}, and a model of {target} has it at the end; "
             "safetensors, torch-export and onnx take it as it is"
         )
+
+
+def _check_linear(bundle: Bundle, target: str) -> None:
+    """Raises TargetError unless the head is one linear layer at the backbone's end."""
+    _check_end(bundle, target)
     if hidden := bundle.spec.config.head.hidden:
         raise TargetError(
             f"its head is an MLP of {hidden} units, and a model of {target} has one linear layer there; safetensors, torch-export "
@@ -312,20 +348,24 @@ def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _others(bundle: Bundle, target: str) -> str:
     """What it can be written for instead."""
-    own = {"timm": _timm_name(bundle) is not None, "torchvision": bundle.spec.backbone.name.startswith("torchvision/")}
+    own = {
+        "timm": _timm_name(bundle) is not None,
+        "torchvision": bundle.spec.backbone.name.startswith("torchvision/"),
+        "transformers": bundle.tokenizer is not None,
+    }
     return ", ".join(name for name in TARGETS if name != target and own.get(name, True))
 
 
-def _readme(bundle: Bundle, target: Target, opened: str) -> str:
-    shown = bundle.about["preprocessing"]
+def _readme(bundle: Bundle, target: str, folder: str, opened: str) -> str:
+    task = f"{bundle.inputs.noun}-classification"
     scores = {name: value for name, value in bundle.about["scores"].items() if name.startswith("test_")}
     told = ", ".join(f"{name.removeprefix('test_')} {value:.4f}" for name, value in scores.items())
     return "\n".join(
         [
             "---",
-            f"library_name: {target.library}",
-            "pipeline_tag: image-classification",
-            f"tags: {json.dumps(['image-classification', 'transfer-learning', 'frostline'])}",
+            f"library_name: {TARGETS[target].library}",
+            f"pipeline_tag: {task}",
+            f"tags: {json.dumps([task, 'transfer-learning', 'frostline'])}",
             f"base_model: {json.dumps(bundle.spec.backbone.name)}",
             "---",
             f"# {bundle.spec.trial_id}",
@@ -334,14 +374,25 @@ def _readme(bundle: Bundle, target: Target, opened: str) -> str:
             "",
             f"    {opened}",
             "",
-            f"Input: RGB images of {shown['image_size']} x {shown['image_size']} pixels, (N, 3, H, W) float32, values from 0 to 1 less",
-            f"{shown['mean']}, divided by {shown['std']}. Output: (N, {len(bundle.classes)}) logits, in the order of `labels` in",
-            "`frostline.json`, which also has the configuration, the hashes of data and weights, and the scores.",
+            *_takes(bundle, target, folder, opened),
+            f"Output: (N, {len(bundle.classes)}) logits, in the order of `labels` in `frostline.json`, which also has the configuration, the",
+            "hashes of data and weights, and the scores.",
             "",
             f"On test, one seed: {told}.",
             "",
         ]
     )
+
+
+def _takes(bundle: Bundle, target: str, folder: str, opened: str) -> list[str]:
+    shown = bundle.about["preprocessing"]
+    if bundle.tokenizer is None:
+        return [
+            f"Input: RGB images of {shown['image_size']} x {shown['image_size']} pixels, (N, 3, H, W) float32, values from 0 to 1 less",
+            f"{shown['mean']}, divided by {shown['std']}.",
+        ]
+    code = usage(bundle, target, folder, opened)
+    return ["From texts to logits:", "", *(f"    {line}".rstrip() for line in code), ""]
 
 
 def _hushed() -> Any:

@@ -9,7 +9,7 @@ from frostline.intake import FORM, JSON, Input, Limits
 from frostline.versions import VERSION
 
 TOP = 5
-"""Classes told of an image, unless top_k says otherwise."""
+"""Classes told of a sample, unless top_k says otherwise."""
 
 _REFUSALS = {
     "400": "what came cannot be parsed, or a parameter cannot be honoured",
@@ -20,7 +20,7 @@ _REFUSALS = {
     "408": "the body came too slowly",
     "413": "too many bytes",
     "415": "a content type or encoding that is not read",
-    "422": "an image or JSON value that cannot be used, or too many of them",
+    "422": "a sample or JSON value that cannot be used, or too many of them",
     "429": "too many requests at a time",
     "503": "no answer in time, or not ready",
 }
@@ -55,7 +55,6 @@ _SCHEMAS: dict[str, Any] = {
 
 def describe(served: Mapping[str, tuple[Sequence[str], Input]], limits: Limits, with_token: bool) -> dict[str, Any]:
     """The document, of the classes and the input of each bundle."""
-    inputs = [given for _, given in served.values()]
     many = {"type": "array", "minItems": 1, "items": _ref("Prediction")}
     each = {"type": "object", "required": [*served], "properties": dict.fromkeys(served, many)}
     paths: dict[str, Any] = {
@@ -69,11 +68,12 @@ def describe(served: Mapping[str, tuple[Sequence[str], Input]], limits: Limits, 
         "/openapi.json": {
             "get": _operation("this document", {"200": _answer("OpenAPI 3.1", {"type": "object"})}, ["401"])
         },
-        "/predict": {
-            "post": _predict("ask all bundles", "bundles", each, max(len(classes) for classes, _ in served.values()))
-            | {"requestBody": _body(inputs[0], limits)}
-        },
     }
+    first, *others = {given for _, given in served.values()}
+    if not others:
+        most = max(len(classes) for classes, _ in served.values())
+        operation = _predict("ask all bundles", "bundles", each, most)
+        paths["/predict"] = {"post": operation | {"requestBody": _body(first, limits)}}
     for name, (classes, given) in served.items():
         operation = _predict(f"ask {name}, which knows {len(classes)} classes", "predictions", many, len(classes))
         paths[f"/{name}/predict"] = {"post": operation | {"requestBody": _body(given, limits)}}
@@ -95,36 +95,36 @@ def _predict(summary: str, key: str, schema: dict[str, Any], classes: int) -> di
         "in": "query",
         "required": False,
         "schema": top,
-        "description": "how many classes are told of each image",
+        "description": "how many classes are told of each",
     }
     refusals = [status for status in _REFUSALS if status != "405"]
-    operation = _operation(summary, {"200": _answer("in the order of the images", answered)}, refusals)
+    operation = _operation(summary, {"200": _answer("in the order of what was sent", answered)}, refusals)
     return operation | {"parameters": [parameter]}
 
 
 def _body(given: Input, limits: Limits) -> dict[str, Any]:
-    encoded = {"type": "string", "contentEncoding": "base64"}
-    one = {
-        "type": "object",
-        "required": [given.key],
-        "additionalProperties": False,
-        "properties": {given.key: encoded},
-    }
-    several = {"type": "array", "minItems": 1, "maxItems": limits.images, "items": one}
-    binary = {"type": "string", "format": "binary"}
-    form = {
-        "type": "object",
-        "required": [given.key],
-        "additionalProperties": False,
-        "properties": {given.key: {"type": "array", "minItems": 1, "maxItems": limits.images, "items": binary}},
-    }
-    content = {JSON: {"schema": {"anyOf": [one, several]}}, FORM: {"schema": form}}
-    what = f"{given.what}, up to {limits.body_bytes:,} bytes and {limits.images} images"
+    if given.texts:
+        text = {"type": "string", "pattern": r"\S", "maxLength": limits.characters}
+        several = {"type": "array", "minItems": given.texts, "maxItems": given.texts, "items": text}
+        schemas = {JSON: _object(given.key, _list(text if given.texts == 1 else several, limits))}
+    else:
+        one = _object(given.key, {"type": "string", "contentEncoding": "base64"})
+        binary = {"type": "string", "format": "binary"}
+        schemas = {JSON: {"anyOf": [one, _list(one, limits)]}, **dict.fromkeys(given.types, binary)}
+        schemas[FORM] = _object(given.key, _list(binary, limits))
     return {
         "required": True,
-        "description": what,
-        "content": content | {each: {"schema": binary} for each in given.types},
+        "description": f"{given.what}, up to {limits.body_bytes:,} bytes and {limits.samples} {given.noun}s",
+        "content": {kind: {"schema": schema} for kind, schema in schemas.items()},
     }
+
+
+def _object(key: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": [key], "additionalProperties": False, "properties": {key: schema}}
+
+
+def _list(item: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "maxItems": limits.samples, "items": item}
 
 
 def _operation(summary: str, answers: dict[str, Any], refusals: Sequence[str], *, free: bool = False) -> dict[str, Any]:

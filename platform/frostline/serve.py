@@ -38,8 +38,8 @@ from ray.serve.schema import LoggingConfig  # isort: skip
 from frostline.batches import Batches
 from frostline.bundle import Bundle, bundle_of, files_of, load_bundle
 from frostline.features import EVAL_BATCH
-from frostline.images import BadImage
-from frostline.intake import IMAGE, Limits, Refused
+from frostline.intake import IMAGE, PAIR, TEXT, Input, Limits, Refused
+from frostline.samples import BadSample
 from frostline.text import plain
 from frostline.trunks import trunk_id, trunk_of
 from frostline.web import LOOPBACK, Asked, Door, Served, app_of
@@ -51,7 +51,7 @@ ATTEMPTS = 3
 CALLS = 2
 """Of each replica at a time: a batch that passes, and one that is sent and decoded meanwhile."""
 DECODERS = 4
-"""Threads of a replica, each of which may hold one image of as many pixels as its bundle allows."""
+"""Threads of a replica, each of which may hold one sample: an image of as many pixels as its bundle allows."""
 TOKEN_VARIABLE = "FROSTLINE_SERVE_TOKEN"
 TOKEN_LENGTH = 16
 CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
@@ -59,7 +59,7 @@ CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 
 
 Wanted = tuple[bytes, tuple[str, ...]]
-"""An encoded image, and the bundles that are asked of it."""
+"""The raw content of a sample (an encoded image, `raw_of` texts), and the bundles that are asked of it."""
 
 
 class ServeError(ValueError):
@@ -67,7 +67,7 @@ class ServeError(ValueError):
 
 
 class Replica:
-    """An actor: bundles on one trunk, loaded once, and batches of images that are decoded and pass through it."""
+    """An actor: bundles on one trunk, loaded once, and batches of samples that are decoded and pass through it."""
 
     def __init__(self, opened: Callable[[], dict[str, Bundle]]) -> None:
         """`opened` gives the bundles by name."""
@@ -75,15 +75,16 @@ class Replica:
         self.trunk = trunk_of(bundles)
         self.decoders = ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1), "frostline-decode")
         self.passes = ThreadPoolExecutor(1, "frostline-pass")
-        size = self.trunk.bundle.size
-        self.trunk.logits(np.zeros((1, size, size, 3), np.uint8), tuple(bundles))  # the first pass takes longer
+        self.recipe = self.trunk.bundle.recipe
+        blank = np.zeros((1, *self.recipe.shape), self.recipe.dtype)
+        self.trunk.logits(blank, tuple(bundles))  # the first pass takes longer
 
-    async def predict(self, images: Sequence[bytes], names: Sequence[str]) -> Asked:
-        """What these bundles say of encoded images: why some cannot be used, and the logits of the others."""
+    async def predict(self, samples: Sequence[bytes], names: Sequence[str]) -> Asked:
+        """What these bundles say of samples' raw contents: why some cannot be used, and the logits of the others."""
         loop = asyncio.get_running_loop()
-        pixels = await asyncio.gather(*(loop.run_in_executor(self.decoders, self._pixels, raw) for raw in images))
-        bad = {number: str(each) for number, each in enumerate(pixels) if isinstance(each, BadImage)}
-        good = [each for each in pixels if not isinstance(each, BadImage)]
+        rows = await asyncio.gather(*(loop.run_in_executor(self.decoders, self._row, raw) for raw in samples))
+        bad = {number: str(each) for number, each in enumerate(rows) if isinstance(each, BadSample)}
+        good = [each for each in rows if not isinstance(each, BadSample)]
         if not good:
             return bad, {}
         return bad, await loop.run_in_executor(self.passes, self.trunk.logits, np.stack(good), names)
@@ -92,10 +93,10 @@ class Replica:
         """Whether it answers."""
         return True
 
-    def _pixels(self, raw: bytes) -> np.ndarray | BadImage:
+    def _row(self, raw: bytes) -> np.ndarray | BadSample:
         try:
-            return self.trunk.bundle.pixels(raw)
-        except BadImage as error:
+            return self.recipe.make(raw)
+        except BadSample as error:
             return error
 
 
@@ -134,16 +135,11 @@ def serve_bundles(
     with contextlib.closing(listen(host, port)) as listener:
         folders = named(bundles)
         loaded = {name: load_bundle(path, device="cpu") for name, path in folders.items()}
-        if texts := [name for name, bundle in loaded.items() if bundle.tokenizer]:
-            raise ServeError(
-                f"{texts[0]} reads texts, and only bundles that read images are served: use `frostline predict`, or load_bundle in a "
-                "server of your own"
-            )
         groups = grouped(loaded)
         with cluster(address, allow_open=allow_open_cluster) as wait:
             wait()
             with _serving(groups, loaded, folders, replicas, max_batch, stays=address is not None) as asks:
-                served = {name: Served(bundle.classes, IMAGE) for name, bundle in loaded.items()}
+                served = {name: Served(bundle.classes, given_to(bundle)) for name, bundle in loaded.items()}
                 app = app_of(served, partial(ask_all, asks), partial(all_ready, asks), door=door, limits=limits)
                 url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
                 for line in opening(url, groups, replicas, door):
@@ -193,6 +189,11 @@ def named(bundles: Sequence[str]) -> dict[str, Path]:
             )
         found[name] = Path(path)
     return found
+
+
+def given_to(bundle: Bundle) -> Input:
+    """What a client sends it."""
+    return IMAGE if bundle.tokenizer is None else PAIR if bundle.pair else TEXT
 
 
 def grouped(bundles: Mapping[str, Bundle]) -> list[list[str]]:
@@ -355,19 +356,19 @@ class Asks:
         return cls(tuple(names), handle, Batches(partial(_ask, handle), most, CALLS * replicas))
 
 
-async def ask_all(asks: Sequence[Asks], images: Sequence[bytes], names: Sequence[str]) -> Asked:
-    """What bundles say of images; each trunk is asked once for all of its bundles among them. Raises Refused."""
+async def ask_all(asks: Sequence[Asks], samples: Sequence[bytes], names: Sequence[str]) -> Asked:
+    """What bundles say of samples; each trunk is asked once for all of its bundles among them. Raises Refused."""
     wanted = [(each, tuple(name for name in each.names if name in names)) for each in asks]
-    told = await asyncio.gather(*(each.batches([(raw, some) for raw in images]) for each, some in wanted if some))
+    told = await asyncio.gather(*(each.batches([(raw, some) for raw in samples]) for each, some in wanted if some))
     bad = {number: said for each in told for number, said in enumerate(each) if isinstance(said, str)}
     if bad:
         return bad, {}
-    rows = [dict(chain.from_iterable(each.items() for each in image)) for image in zip(*told, strict=True)]
+    rows = [dict(chain.from_iterable(each.items() for each in sample)) for sample in zip(*told, strict=True)]
     return {}, {name: np.stack([each[name] for each in rows]) for name in names}
 
 
 async def _ask(handle: Any, items: Sequence[Wanted]) -> list[str | dict[str, np.ndarray]]:
-    """Of each image why it cannot be used, or name of a bundle -> (C,) logits. Raises Refused."""
+    """Of each sample why it cannot be used, or name of a bundle -> (C,) logits. Raises Refused."""
     names = sorted({name for _, wanted in items for name in wanted})
     for _ in range(ATTEMPTS):
         try:

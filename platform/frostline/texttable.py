@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from frostline.files import DataError, Place, nearest, reaching
 from frostline.imagetable import is_text, split_name
+from frostline.samples import utf8
 from frostline.spec import Data
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -168,11 +169,7 @@ def _utf8(value: Any) -> bytes:
     """The bytes that a text was read from; where a value is no text, those of its JSON."""
     if isinstance(value, bytes):
         return value
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # half of a pair, from a JSON escape: no UTF-8 either
-        return text.encode("utf-8", "surrogatepass")
+    return utf8(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _name(value: Any, column: str, place: Place) -> str | None:

@@ -22,9 +22,9 @@ class Trunk:
     heads: Mapping[str, nn.Module]
     """By the name of their bundle."""
 
-    def logits(self, pixels: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Name of a bundle -> (N, C), of (N, size, size, 3) uint8 pixels, in one pass."""
-        made, _ = self.bundle.pass_heads(pixels, [self.heads[name] for name in names], fill=False)
+    def logits(self, rows: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Name of a bundle -> (N, C), of rows as `Bundle.pass_through` takes them, in one pass."""
+        made, _ = self.bundle.pass_heads(rows, [self.heads[name] for name in names], fill=False)
         return dict(zip(names, made, strict=True))
 
 
@@ -34,7 +34,7 @@ def trunk_of(bundles: Mapping[str, Bundle]) -> Trunk:
 
 
 def trunk_id(bundle: Bundle) -> str:
-    """16 hex digits over all that makes a bundle's features of an image's bytes, so that those of two bundles with the same one are
+    """16 hex digits over all that makes a bundle's features of a sample's bytes, so that those of two bundles with the same one are
     the same to the bit: tensors as they are after training, where the network ends, rounding, precision, preprocessing."""
     spec = bundle.spec
     adapts = spec.config.freeze.strategy in ("lora", "dora")

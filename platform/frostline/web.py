@@ -33,9 +33,9 @@ OPEN = ("/", "/healthz", "/readyz")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 Asked = tuple[dict[int, str], dict[str, np.ndarray]]
-"""Number of an image -> why it cannot be used; and name of a bundle -> (N, C) logits of the others."""
+"""Number of a sample -> why it cannot be used; and name of a bundle -> (N, C) logits of the others."""
 Ask = Callable[[Sequence[bytes], Sequence[str]], Awaitable[Asked]]
-"""Encoded images, and the bundles that are asked. Raises Refused."""
+"""Raw contents of samples, and the bundles that are asked. Raises Refused."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def app_of(
     door: Door,
     limits: Limits,
 ) -> ASGIApp:
-    """The routes: `/NAME/predict` for each bundle, `/predict` for all of them, a page, OpenAPI, health and readiness."""
+    """The routes: `/NAME/predict` for each bundle, `/predict` for all of them where they take the same, a page, OpenAPI, health
+    and readiness."""
     held = _Held(limits)
     described = describe({name: (each.classes, each.given) for name, each in served.items()}, limits, bool(door.token))
 
@@ -110,16 +111,16 @@ def app_of(
         with held.request() as body:
             content = await body.read(request)
             given = served[names[0]].given
-            images = await contents_of(request.headers.get("content-type", ""), content, given, limits)
+            samples = await contents_of(request.headers.get("content-type", ""), content, given, limits)
             try:
                 async with asyncio.timeout(limits.answer_s):
-                    bad, logits = await ask(images, names)
+                    bad, logits = await ask(samples, names)
             except TimeoutError:
                 raise _late(limits) from None
         if bad:
             number, why = min(bad.items())
             more = f"; and {len(bad) - 1} more" * (len(bad) > 1)
-            raise Refused(422, f"{given.key} {number} cannot be used", f"{why}{more}", f"send {given.what}")
+            raise Refused(422, f"{given.noun} {number} cannot be used", f"{why}{more}", f"send {given.what}")
         return {name: predictions(logits[name], served[name].classes, top) for name in names}
 
     async def openapi(_: Request) -> Response:
@@ -138,9 +139,10 @@ def app_of(
         Route("/healthz", healthz),
         Route("/readyz", readyz),
         Route("/openapi.json", openapi),
-        Route("/predict", predict_all, methods=["POST"]),
         Route("/{name}/predict", predict_one, methods=["POST"]),
     ]
+    if len({each.given for each in served.values()}) == 1:
+        routes.append(Route("/predict", predict_all, methods=["POST"]))
     app = Starlette(
         routes=routes,
         exception_handlers={Refused: _refused, HTTPException: _http, ClientDisconnect: _gone, Exception: _failed},
@@ -150,7 +152,7 @@ def app_of(
 
 
 def predictions(logits: np.ndarray, classes: Sequence[str], top: int) -> list[dict[str, Any]]:
-    """A prediction an image, of (N, C) logits: the likeliest class, and the `top` likeliest ones with their probabilities."""
+    """A prediction a sample, of (N, C) logits: the likeliest class, and the `top` likeliest ones with their probabilities."""
     shares = probabilities(logits)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :top]
     return [
@@ -218,14 +220,14 @@ class _Body:
 
 
 def _too_large(why: str, limits: Limits) -> Refused:
-    remedy = "send fewer or smaller images, or predict a folder with `frostline predict`"
+    remedy = "send less at a time, or predict a whole data set with `frostline predict`"
     most = f"a body has {limits.body_bytes:,} at most"
     return Refused(413, "body too large", f"{why}, and {most}", remedy, {"Connection": "close"})
 
 
 def _late(limits: Limits) -> Refused:
     why = f"no answer came within {limits.answer_s:g} s"
-    return Refused(503, "too slow", why, "ask again, with fewer images", {"Retry-After": "5"})
+    return Refused(503, "too slow", why, "ask again, for fewer at a time", {"Retry-After": "5"})
 
 
 def _top(request: Request, classes: int) -> int:
