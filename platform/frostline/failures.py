@@ -126,12 +126,9 @@ def signature(failure: Failure) -> Failure:
     return kind, re.sub(r"\w*\d\w*", "#", reason)
 
 
-def alike(failures: Sequence[Failure | None]) -> bool:
-    """Whether all of these trials, FEWEST or more, failed with one signature; None did not fail."""
-    if len(failures) < FEWEST or failures[0] is None:
-        return False
-    first = signature(failures[0])
-    return all(each is not None and signature(each) == first for each in failures)
+def alike(failures: Sequence[Failure]) -> bool:
+    """Whether these are FEWEST or more, all with one signature."""
+    return len(failures) >= FEWEST and all(signature(each) == signature(failures[0]) for each in failures)
 
 
 def past_hope(
@@ -140,8 +137,8 @@ def past_hope(
     """Whether trials that failed `alike` (arm, proposed values, failure) show that no other will do better.
 
     `sizes` has of every arm that has trials left how many values each of its searched keys has, None where they have no end. In each
-    of these arms every key must have failed at all of its values, or at VALUES of them: what one value causes, a learning rate or a depth, stops nothing.
-    Neither does what `escapes`.
+    of these arms every key must have failed at all of its values, or at VALUES of them: what one value causes, a learning rate
+    or a depth, stops nothing. Neither does what `escapes`.
     """
     if not alike([failure for _, _, failure in tried]) or KINDS[tried[0][2][0]].escapes:
         return False
