@@ -7,6 +7,7 @@ A test that holds a row of the matrix is marked `@pytest.mark.fault(NUMBER, …)
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import date
@@ -102,30 +103,39 @@ class Found:
     figures: list[str] = field(default_factory=list)
 
 
-def page(found: Mapping[int, Found]) -> str:
-    """docs/reliability.md."""
-    machine = f"Python {platform.python_version()}, Ray {version('ray')}, PyTorch {version('torch').split('+')[0]}"
+def page(found: Mapping[int, Found], before: str = "") -> str:
+    """docs/reliability.md, after a run; of rows that it did not try it says what it said `before`."""
     lines = [
         "# What Frostline withstands",
         "",
-        f"Written by `make test-faults` on {date.today():%Y-%m-%d} ({machine}). Each row is a fault and what must hold in spite of it;",
-        "the tests that hold it to that do it to real processes, nodes, disks and files.",
+        "Written by `make test-faults`, which may be run in pieces. Each row is a fault and what must hold in spite of it; the tests that",
+        f"hold it to that do it to real processes, nodes, disks and files. Python {platform.python_version()}, Ray {version('ray')}, PyTorch "
+        f"{version('torch').split('+')[0]}.",
         "",
         "| | fault | what holds | result |",
         "|---|---|---|---|",
     ]
+    known = {
+        int(number): result for number, result in re.findall(r"^\| (\d+) \| .* \| (.*?) \|$", before, re.MULTILINE)
+    }
     for number, row in MATRIX.items():
-        lines.append(f"| {number} | {row.fault} | {row.holds} | {_result(row, found.get(number, Found()))} |")
+        result = (
+            _result(row, found.get(number, Found()))
+            or known.get(number)
+            or f"not run: {row.lacks or 'no test of it ran'}"
+        )
+        lines.append(f"| {number} | {row.fault} | {row.holds} | {result} |")
     return "\n".join(lines) + "\n"
 
 
-def _result(row: Row, found: Found) -> str:
+def _result(row: Row, found: Found) -> str | None:
+    """What a run found; None where it tried nothing."""
     if found.red:
-        return f"**does not hold**: {_names(found.red)}"
+        return f"**does not hold**: {_names(found.red)}; {date.today():%Y-%m-%d}"
     if found.held:
         figures = "".join(f"; {figure}" for figure in dict.fromkeys(found.figures))
-        return f"holds: {_names(found.held)}{figures}"
-    return f"not run: {row.lacks or '; '.join(dict.fromkeys(found.skipped)) or 'no test of it ran'}"
+        return f"holds: {_names(found.held)}{figures}; {date.today():%Y-%m-%d}"
+    return f"not run: {'; '.join(dict.fromkeys(found.skipped))}" if found.skipped else None
 
 
 def _names(tests: Iterable[str]) -> str:

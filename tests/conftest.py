@@ -46,7 +46,7 @@ class FaultPage:
         return report
 
     def pytest_sessionfinish(self) -> None:
-        self.path.write_text(page(self.found))
+        self.path.write_text(page(self.found, self.path.read_text() if self.path.exists() else ""))
 
 
 def _note(found: Found, report: pytest.TestReport) -> None:
