@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import frostline
+import frostline.inline
+import frostline.tune
 from frostline import results
 from frostline.api import SearchFailedError
 from frostline.cli import main
@@ -54,11 +54,8 @@ def test_a_search_of_which_all_fails_alike(
         "features.cache=none",
     ]
     job = toy_job(tmp_path / "study", options, backbone={"name": "python:fragile:fragile", "weights": "random"})
-    if where == "ray":
-        import frostline.tune as module
-    else:
-        import frostline.api as module
-    run: Any = getattr(module, f"run_{where}" if where == "inline" else "run_tune")
+    module: Any = frostline.tune if where == "ray" else frostline.inline
+    run = module.run_tune if where == "ray" else module.run_inline
 
     def breaks(*arguments: Any, **more: Any) -> Any:
         (tmp_path / "broken").touch()
@@ -80,44 +77,3 @@ def test_a_search_of_which_all_fails_alike(
     assert len(rows) == len({row["trial_id"] for row in rows}) == 24 + 1
     assert sum(row["status"] == "failed" for row in rows) == ended
     assert examine(job.folder).problems == []
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(folder)]
-    try:
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("not run: there is no `mount`")
-    if made.returncode:
-        pytest.skip(f"not run: no file system may be mounted here ({made.stderr.strip()})")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_disk_that_is_full_at_a_checkpoint(tmp_path: Path, small: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Matrix row 28."""
-    options = [
-        "confirm.seeds=1",
-        "search.trials=2",
-        "search.pruner.kind=none",
-        "features.cache=none",
-        f"scaling.checkpoints={small}",
-    ]
-    job = toy_job(tmp_path / "study", [*options, "scaling.checkpoint_s=0"], arms={"full": {"strategy": "full"}})
-    with pytest.raises(
-        SearchFailedError, match=r"a trial could not go on \(disk_full\): OSError: .*No space left on device"
-    ):
-        frostline.search(job, inline=True)
-    assert not (job.folder / "trials").exists(), "it has no row"
-    assert not list(small.rglob("*.safetensors*")), "nothing is left of what could not be written"
-    subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
-    frostline.search(job, inline=True)
-    rows = results.read_trials(job.folder).to_pylist()
-    assert {row["status"] for row in rows} == {"complete"}
-    assert len(rows) == len({row["trial_id"] for row in rows}) == 1 + 1
