@@ -25,7 +25,7 @@ test-slow: $(VENV)/.installed-slow
 	$(BIN)/pytest -m slow
 
 test-faults: $(VENV)/.installed-slow
-	$(BIN)/pytest -m fault --kills 50 --faults docs/reliability.md
+	$(BIN)/pytest -m fault --kills=50 --faults=docs/reliability.md
 
 soak: $(VENV)/.installed-test
 	$(BIN)/python tests/soak.py --minutes 60

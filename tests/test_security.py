@@ -124,7 +124,7 @@ def test_a_job_brings_no_environment_and_no_code() -> None:
         for each in node.keywords
         if each.arg == "runtime_env"
     ]
-    assert {module for module, _ in own} == {"submit.py", "tune.py"}
+    assert {module for module, _ in own} == {"connection.py", "submit.py"}
 
 
 def test_importing_it_reaches_nothing_and_writes_nothing(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ UNASKED = (
 )
 LOCAL = """
 import sys
-from frostline.tune import cluster
+from frostline.connection import cluster
 import ray
 with cluster(None) as wait:
     assert wait() is False
