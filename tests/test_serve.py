@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import io
 import json
 import os
@@ -676,14 +677,16 @@ def test_mistakes_are_told_before_ray_starts(
 
 
 class Server:
-    """`frostline serve` as a process, and requests to it."""
+    """`frostline serve` as a process, and requests to it. It hears Ctrl-C even where these tests run as a background job that does
+    not."""
 
     def __init__(self, folder: Path, *arguments: str, **env: str) -> None:
         self.log = folder / "serve.log"
+        hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         command = [sys.executable, "-m", "frostline.cli", "serve", "--port", "0", *arguments]
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
-                command, env=os.environ | env, stdout=out, stderr=out, start_new_session=True
+                command, env=os.environ | env, stdout=out, stderr=out, start_new_session=True, preexec_fn=hear
             )
         deadline = time.monotonic() + 240
         while not (found := re.search(r"(http://\S+)/ for people", self.log.read_text())):
