@@ -436,7 +436,7 @@ LONG = (*PLAIN, "search.trials=8", "train.epochs=40", "confirm.seeds=1", "scalin
 def begun(cluster: Cluster, study: Path) -> subprocess.Popen:
     """A search that has committed a row."""
     searching = driver(cluster, SEARCH, str(study), *LONG)
-    wait_until(lambda: committed(study) or searching.poll() is not None, 120)
+    wait_until(lambda: committed(study) or searching.poll() is not None, 240)
     assert searching.poll() is None, searching.communicate()
     return searching
 
