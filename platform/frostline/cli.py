@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import math
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from frostline.fixed import fixed_job
 from frostline.jobfile import load_job
 from frostline.reference import starter_job
 from frostline.spec import Job
-from frostline.text import plain
+from frostline.text import complain, plain
 
 FORMATS = ("safetensors", "timm", "torchvision", "transformers", "torch-export", "onnx")
 TRACKERS = ("optuna", "tensorboard", "mlflow", "wandb")
@@ -40,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     received: list[int] = []
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
+        if (
+            received
+        ):  # whoever asks twice does not wait for Ray: what is committed stays, and Ray's processes follow this one
+            Console(stderr=True).show_cursor()
+            os._exit(128 + number)
         received.append(number)
         raise KeyboardInterrupt
 
@@ -51,29 +57,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except (ValueError, ConnectionError, StudyBusy) as error:
-        _complain(f"frostline: {error}")
+        complain(f"frostline: {error}")
         return 2
     except RuntimeError as error:
         if type(error).__module__.partition(".")[0] != "frostline":
             raise
-        _complain(f"frostline: {error}")
+        complain(f"frostline: {error}")
         return 1
     except OSError as error:
         full = "; what is committed stays: make room, and give the same command again"
-        _complain(f"frostline: {error}{full if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}")
+        complain(f"frostline: {error}{full if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}")
         return 1
     except (KeyboardInterrupt, SystemExit):
         if not received:
             raise  # with a signal behind it, SystemExit is Ray's way to say KeyboardInterrupt
-        _complain(arguments.interrupted)
+        complain(arguments.interrupted)
         return 128 + received[-1]
-
-
-def _complain(text: str) -> None:
-    """To stderr, without what a file's name may do to a terminal, and without credentials."""
-    console = Console(stderr=True, highlight=False)
-    for line in censored(text).split("\n"):
-        console.print(plain(line), soft_wrap=True)
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:

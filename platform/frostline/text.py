@@ -8,6 +8,8 @@ from rich.console import Console, RenderableType
 from rich.segment import Segment, Segments
 from rich.text import Text
 
+from frostline.credentials import censored
+
 
 def short(value: float | None) -> str:
     """`3e-4`, `3.2e-4`."""
@@ -54,3 +56,10 @@ def print_whole(renderable: RenderableType, console: Console) -> None:
     """Print a table or text in at least 100 columns, however narrow the console is (80, where a pipe has no width)."""
     lines = console.render_lines(renderable, console.options.update_width(max(console.width, 100)), pad=False)
     console.print(Segments([part for line in lines for part in (*line, Segment.line())]), crop=False, end="")
+
+
+def complain(text: str) -> None:
+    """Print to stderr, without what a file's name may do to a terminal, and without credentials."""
+    console = Console(stderr=True, highlight=False)
+    for line in censored(text).split("\n"):
+        console.print(plain(line), soft_wrap=True)
