@@ -84,8 +84,7 @@ def break_something(driver: psutil.Process, fault: str) -> bool:
         driver.send_signal(signal.SIGKILL if fault.startswith("kill") else signal.SIGINT)
         driver.wait(120)
         return True
-    workers = [process for process, command in below(driver) if "Worker.step" in command or "ImplicitFunc" in command]
-    workers = workers or [process for process, command in below(driver) if command.startswith("ray::Worker")]
+    workers = [process for process, command in below(driver) if "Trainable" in command]  # as Tune calls them
     if not workers:
         return False
     with contextlib.suppress(psutil.NoSuchProcess):
