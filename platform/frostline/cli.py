@@ -41,9 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     received: list[int] = []
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        if (
-            received
-        ):  # whoever asks twice does not wait for Ray: what is committed stays, and Ray's processes follow this one
+        if received:
+            # whoever asks twice does not wait for Ray: what is committed stays, and Ray's processes follow this one
             Console(stderr=True).show_cursor()
             os._exit(128 + number)
         received.append(number)

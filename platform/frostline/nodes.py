@@ -39,9 +39,7 @@ def _examine_here(storage: str | None) -> dict[str, Any]:
 
 
 def _examine_cluster(address: str, storage: str | None) -> dict[str, Any]:
-    from frostline.connection import (
-        cluster,
-    )  # not at the top: workers import this module, and need neither Tune nor torch
+    from frostline.connection import cluster  # not at the top: this machine is examined without Ray
 
     with cluster(address, allow_open=True) as connected:
         is_open = connected()

@@ -29,7 +29,7 @@ from typing import Any, final
 
 import numpy as np
 
-from frostline.files import DataError, Place, reaching
+from frostline.files import DataError, Place, reaching, sync_folder
 
 FORMAT = 1
 """Of manifests and rows; part of every key."""
@@ -247,11 +247,7 @@ def write(path: Path, content: Iterable[bytes | memoryview], put: Callable[[Path
         put(temp, path)
     finally:
         temp.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 @contextmanager

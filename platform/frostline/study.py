@@ -166,7 +166,7 @@ class Study:
             spec = self.running[trial_id].spec
             if spec.round == "search" and (epoch := judged_epoch(spec.config, record.epoch)):
                 by_arm.setdefault(spec.arm, {})[spec.number] = epoch, record.val_score
-        stops = {
+        ends = {
             (arm, number): stop
             for arm, heard in by_arm.items()
             for number, stop in self.proposers[arm].report(heard).items()
@@ -174,7 +174,7 @@ class Study:
         heard_seq = self.seq
         for trial_id, record in records.items():
             running = self.running[trial_id]
-            stop = running.spec.round == "search" and stops.get((running.spec.arm, running.spec.number), False)
+            stop = running.spec.round == "search" and ends.get((running.spec.arm, running.spec.number), False)
             running.records.append(record)
             running.epoch_rows.append(epoch_row(trial_id, record, self._next_seq(), heard_seq, stop))
             answers[trial_id] = not stop
