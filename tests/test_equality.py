@@ -24,8 +24,8 @@ from frostline.outcome import EpochRecord, Outcome
 from frostline.pack import run_pack
 from frostline.packing import pack_key
 from frostline.prepare import prepare
-from frostline.spec import Arm, Features
-from frostline.testing import TOY_BACKBONE, text_job, toy_job
+from frostline.spec import Arm, Features, Task
+from frostline.testing import TOY_BACKBONE, target_table, text_job, toy_job
 from frostline.trialspec import TrialSpec, configure, confirm_seeds, search_seeds, trial_of
 from frostline.work import Survey
 from frostline.world import World
@@ -69,10 +69,15 @@ def specs_of(
     configs: Sequence[Mapping[str, Any]],
     round_: str,
     name: str | None = TOY_BACKBONE,
+    task: Task = "classification",
 ) -> list[TrialSpec]:
     """Trials of the toy job, or, without the name of a backbone, of the one on texts."""
-    options = ["data.per_class=6", "train.batch_size=16", *([f"backbone.name={name}"] if name else [])]
-    job = prepare((toy_job if name else text_job)(root / "study", options)).job
+    options = ["train.batch_size=16", *([f"backbone.name={name}"] if name else [])]
+    if task == "classification":
+        job = prepare((toy_job if name else text_job)(root / "study", [*options, "data.per_class=6"])).job
+    else:
+        data = {"path": str(target_table(root / f"{task}.parquet", task)), "task": task, "image_size": 16}
+        job = prepare(toy_job(root / "study", options, data=data)).job
     specs = []
     for number, config in enumerate(configs):
         arm = Arm(strategy=config.get("strategy", "freeze_depth"))
@@ -118,10 +123,11 @@ class Ran:
 
     def figures(self, trial_id: str) -> np.ndarray:
         assert self.outcomes[trial_id].row["status"] == "complete", self.outcomes[trial_id].row["error"]
-        return np.array([[each.train_loss, each.val["nll"]] for each in self.records[trial_id]])
+        return np.array([[each.train_loss, each.val_loss] for each in self.records[trial_id]])
 
     def probabilities(self, trial_id: str) -> np.ndarray:
-        return np.array([row["probabilities"] for row in self.outcomes[trial_id].predictions])
+        rows = self.outcomes[trial_id].predictions
+        return np.array([row["probabilities"] if "probabilities" in row else [row["predicted_value"]] for row in rows])
 
 
 def check(plain: Ran, fast: Ran, trial_id: str, dtype: str) -> None:
@@ -232,6 +238,26 @@ def test_a_closed_form_head_is_the_same_in_a_pack(dtype: str, tmp_path: Path) ->
     plain = specs_of(tmp_path, dtype, 0, configs, "search")
     together = Ran([reading(spec) for spec in plain])
     for spec in plain:
+        check(Ran([spec]), together, spec.trial_id, dtype)
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+@pytest.mark.parametrize("init", ["random", "probe"])
+def test_other_targets_give_the_same_from_stored_activations_and_in_a_pack(
+    dtype: str, tmp_path: Path, task: Task, init: str
+) -> None:
+    own = {"head.init": init, "head.hidden": 4, "train.epochs": 2}
+    weighed = {"train.class_weights": "balanced", "train.label_smoothing": 0.1} if task == "multilabel" else {}
+    (spec,) = specs_of(tmp_path, dtype, 0, [{**own, **weighed, "freeze.depth": 2}], "confirm", task=task)
+    plain, fast = Ran([spec]), Ran([reading(spec)])
+    check(plain, fast, spec.trial_id, dtype)
+    tolerance = 1e-6 if dtype == "float64" else 1e-4
+    found, expected = fast.probabilities(spec.trial_id), plain.probabilities(spec.trial_id)
+    np.testing.assert_allclose(found, expected, atol=tolerance * max(1.0, np.abs(expected).max()))
+    configs = [{**own, **weighed, "freeze.depth": STAGES, "train.head_lr": lr} for lr in (1e-3, 1e-2)]
+    alone = specs_of(tmp_path, dtype, 0, configs, "search", task=task)
+    together = Ran([reading(spec) for spec in alone])
+    for spec in alone:
         check(Ran([spec]), together, spec.trial_id, dtype)
 
 

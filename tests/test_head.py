@@ -120,7 +120,7 @@ def test_a_probe_of_digits_is_as_good_as_scikit_learns_ridge_and_far_better_than
     inputs, labels, test_inputs, test_labels = digits()
     head = build_head(Head(init="probe"), 64, 10, seed=0).eval()
     before = scores(head(test_inputs).detach().numpy(), test_labels)
-    set_probe(head, inputs, labels)
+    set_probe(head, inputs, torch.from_numpy(labels))
     after = scores(head(test_inputs).detach().numpy(), test_labels)
     theirs = RidgeClassifierCV().fit(inputs.numpy(), labels).score(test_inputs.numpy(), test_labels)  # 0.916
     assert before["accuracy"] < 0.2
@@ -134,7 +134,7 @@ def test_a_probe_does_not_depend_on_what_the_head_was() -> None:
     inputs, labels, _, _ = digits()
     heads = [build_head(Head(init="probe"), 64, 10, seed=seed) for seed in (0, 1)]
     for head in heads:
-        set_probe(head, inputs, labels)
+        set_probe(head, inputs, torch.from_numpy(labels))
     assert torch.equal(parameters(heads[0]), parameters(heads[1]))
     assert all(parameter.requires_grad for parameter in heads[0].parameters())
 
@@ -145,7 +145,7 @@ def test_a_probe_does_not_depend_on_what_the_head_was() -> None:
 def test_features_that_say_nothing_give_the_shares_of_the_classes(inputs: Tensor) -> None:
     labels = np.array([0, 1, 1, 2, 1, 0])[: len(inputs)]
     head = build_head(Head(init="probe"), inputs.shape[1], 3, seed=0)
-    set_probe(head, inputs, labels)
+    set_probe(head, inputs, torch.from_numpy(labels))
     logits = head(inputs).detach()
     assert torch.isfinite(parameters(head)).all()
     np.testing.assert_allclose(logits.numpy(), logits[:1].expand_as(logits).numpy(), atol=1e-6)
@@ -153,7 +153,7 @@ def test_features_that_say_nothing_give_the_shares_of_the_classes(inputs: Tensor
 
 def test_one_sample_gives_finite_weights() -> None:
     head = build_head(Head(init="probe"), 4, 2, seed=0)
-    set_probe(head, torch.ones(1, 4), np.array([1]))
+    set_probe(head, torch.ones(1, 4), torch.tensor([1]))
     assert torch.isfinite(parameters(head)).all()
     assert head(torch.ones(1, 4)).argmax() == 1
 
@@ -162,7 +162,7 @@ def test_the_probe_of_an_mlp_is_the_ridge_on_its_hidden_layer() -> None:
     inputs, labels, test_inputs, test_labels = digits()
     head = build_head(Head(hidden=256, dropout=0.5, init="probe"), 64, 10, seed=0).eval()
     hidden, bias = head[0].weight.detach().clone(), head[0].bias.detach().clone()
-    set_probe(head, inputs, labels)
+    set_probe(head, inputs, torch.from_numpy(labels))
     assert torch.equal(head[0].weight, hidden)
     assert torch.equal(head[0].bias, bias)
     solution = ridge(nn.functional.relu(inputs @ hidden.T + bias), torch.from_numpy(labels), 10)
@@ -177,5 +177,5 @@ def test_a_probe_of_60_000_samples_takes_no_minutes() -> None:
     inputs = torch.randn(60_000, 1280)
     inputs[np.arange(60_000), labels] += 2
     head = build_head(Head(init="probe"), 1280, 10, seed=0)
-    set_probe(head, inputs, labels)
+    set_probe(head, inputs, torch.from_numpy(labels))
     assert scores(head(inputs).detach().numpy(), labels)["accuracy"] > 0.5

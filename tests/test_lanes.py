@@ -22,7 +22,8 @@ from frostline.freeze import Network, apply_plan, compile_plan
 from frostline.head import build_head, set_probe
 from frostline.lanes import Lane, lanes_together, train_lanes
 from frostline.outcome import EpochRecord
-from frostline.spec import BackboneSpec, Freeze, Head, Train
+from frostline.spec import BackboneSpec, Freeze, Head, Metric, Task, Train
+from frostline.targets import Target
 from frostline.testing import TOY_BACKBONE
 from frostline.training import Batches, NonFiniteError, Seeding, predict, train_epochs
 
@@ -43,20 +44,40 @@ def no_backbone() -> Backbone:
     return dataclasses.replace(toy, module=nn.Identity(), stages=(), module_stage={})
 
 
-def problem(n: int, features: int = 6, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 1) -> Batches:
+def problem(
+    n: int,
+    features: int = 6,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    scale: float = 1,
+    task: Task = "classification",
+) -> Batches:
     """Features whose mean depends on the class, labels in no order; samples are numbered from 100."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES, n)
     table = torch.from_numpy(scale * (rng.normal(size=(n, features)) + np.eye(CLASSES, features)[labels])).to(dtype)
-    return Batches(
-        lambda wanted, epoch: table[torch.from_numpy(wanted) - 100], np.arange(n) + 100, torch.tensor(labels)
-    )
+    if task == "multilabel":
+        labels = rng.integers(0, 2, (n, CLASSES)).astype(np.float32)
+    elif task == "regression":
+        labels = rng.normal(size=(n, 1)).astype(np.float32)
+    target = Target(task, 30.0, 2.0) if task == "regression" else Target(task)
+    samples = np.arange(n) + 100
+    return Batches(lambda wanted, _: table[torch.from_numpy(wanted) - 100], samples, torch.tensor(labels), target)
 
 
 def lane(
-    config: Train, head: Head = LINEAR, seed: int = 0, features: int = 6, dtype: torch.dtype = torch.float64
+    config: Train,
+    head: Head = LINEAR,
+    seed: int = 0,
+    features: int = 6,
+    dtype: torch.dtype = torch.float64,
+    outputs: int = CLASSES,
 ) -> Lane:
-    return Lane(build_head(head, features, CLASSES, seed).to(dtype), config, dropout_seed=seed)
+    return Lane(build_head(head, features, outputs, seed).to(dtype), config, dropout_seed=seed)
+
+
+def metric_of(batches: Batches) -> Metric:
+    return "rmse" if batches.target.task == "regression" else "nll"
 
 
 def alone(
@@ -72,7 +93,7 @@ def alone(
         one.config,
         train=train,
         val=val,
-        metric="nll",
+        metric=metric_of(val),
         seeding=Seeding(order=7, dropout=one.dropout_seed),
         autocast=autocast,
     )
@@ -87,7 +108,7 @@ def alone(
 
 
 def start(lanes: Sequence[Lane], train: Batches, val: Batches, autocast: torch.dtype | None = None):
-    return train_lanes(lanes, train=train, val=val, metric="nll", order_seed=7, autocast=autocast)
+    return train_lanes(lanes, train=train, val=val, metric=metric_of(val), order_seed=7, autocast=autocast)
 
 
 def together(
@@ -121,7 +142,9 @@ def assert_same(
             continue
         assert (a.epoch, a.images, a.lr, a.head_lr) == (b.epoch, b.images, b.lr, b.head_lr)
         assert a.train_loss == pytest.approx(b.train_loss, rel=tolerance, abs=tolerance)
-        assert a.val_score == a.val["nll"] == pytest.approx(b.val["nll"], rel=tolerance, abs=tolerance)
+        assert a.val_score == pytest.approx(b.val_score, rel=tolerance, abs=tolerance)
+        assert a.val_loss == pytest.approx(b.val_loss, rel=tolerance, abs=tolerance)
+        assert a.val.keys() == b.val.keys()
 
 
 def assert_same_weights(mine: nn.Module, theirs: nn.Module, tolerance: float) -> None:
@@ -133,6 +156,9 @@ def shares(low: float, high: float) -> st.SearchStrategy[float]:
     return st.floats(low, high, allow_nan=False)
 
 
+TASKS: list[Task] = ["classification", "multilabel", "regression"]
+UNWEIGHED = {"label_smoothing": 0.0, "class_weights": "none"}
+"""As the jobs of regressions must have it."""
 HEADS = st.builds(
     Head,
     hidden=st.sampled_from([0, 0, 1, 3, 8]),
@@ -162,11 +188,17 @@ def test_a_lane_gives_what_it_gives_alone(data: st.DataObject) -> None:
 
     Except where AdamW stands on a stationary point, as a zero head with dead hidden units does under balanced weights in
     whole-set batches: its step is lr / eps times a gradient near zero, and rounding grows a thousandfold in every step."""
-    train, val = problem(data.draw(st.integers(2, 30))), problem(9, seed=1)
+    task = data.draw(st.sampled_from(TASKS))
+    train, val = problem(data.draw(st.integers(2, 30)), task=task), problem(9, seed=1, task=task)
     batch_size, rows = data.draw(st.integers(1, 12)), data.draw(st.sampled_from([1, 7, 20, 640]))
     drawn = data.draw(st.lists(st.tuples(HEADS, CONFIGS), min_size=1, max_size=6))
     lanes = [
-        lane(config.model_copy(update={"batch_size": batch_size}), head, seed=number)
+        lane(
+            config.model_copy(update={"batch_size": batch_size, **(UNWEIGHED if task == "regression" else {})}),
+            head,
+            seed=number,
+            outputs=1 if task == "regression" else CLASSES,
+        )
         for number, (head, config) in enumerate(drawn)
         if not (head.init == "zero" and config.class_weights == "balanced")
     ]
@@ -299,7 +331,7 @@ def test_weights_are_back_in_the_head_when_a_lane_ends() -> None:
 def test_a_head_that_starts_at_the_probe_starts_there() -> None:
     train, val = problem(60), problem(30, seed=1)
     one = lane(Train(epochs=1, batch_size=60, head_lr=1e-12))
-    set_probe(one.head, train.fetch(train.samples, 1), train.labels.numpy())
+    set_probe(one.head, train.fetch(train.samples, 1), train.labels)
     probe = copy.deepcopy(one.head)
     together([one], train, val)
     assert_same_weights(one.head, probe, 1e-9)

@@ -96,7 +96,7 @@ def test_a_head_that_cannot_be_fitted_has_a_reason(study_folder: Path, monkeypat
     def singular(*_: object) -> None:
         raise torch.linalg.LinAlgError("the matrix is singular")
 
-    monkeypatch.setitem(module.METHODS, "lda", singular)
+    monkeypatch.setattr(module, "lda", singular)
     rows = searched(study_folder)
     assert {row["method"]: row["reason"] for row in rows} == {
         "ridge": None,

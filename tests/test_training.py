@@ -12,6 +12,7 @@ from frostline.features import chunks
 from frostline.freeze import Applied, Network, apply_plan, compile_plan
 from frostline.head import build_head
 from frostline.seeds import derive_seed
+from frostline.losses import balance, mean_loss
 from frostline.spec import BackboneSpec, Freeze, Head, Train
 from frostline.testing import TOY_BACKBONE
 from frostline.training import (
@@ -20,8 +21,6 @@ from frostline.training import (
     NonFiniteError,
     Seeding,
     build_optimizer,
-    class_weights,
-    mean_loss,
     predict,
     rate_factor,
     train_epochs,
@@ -112,14 +111,15 @@ def test_one_step_of_sgd_is_the_step_by_hand() -> None:
 
 def test_a_rare_class_weighs_as_much_as_a_frequent_one() -> None:
     labels = torch.tensor([0, 0, 0, 1])
-    weights = class_weights(labels, 3)
+    weights = balance(labels, 3, "classification")
     assert weights.tolist() == pytest.approx([4 / 9, 4 / 3, 4 / 3])
     logits = torch.tensor([[1.0, 0.0, 0.0]] * 4, requires_grad=True)
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-    mean_loss(logits, labels, 0.0, class_weights(labels, 2)).backward()
+    mean_loss(logits, labels, "classification", 0.0, balance(labels, 2, "classification")).backward()
     by_hand = torch.autograd.grad((losses * torch.tensor([2 / 3, 2 / 3, 2 / 3, 2.0])).mean(), logits)[0]
     torch.testing.assert_close(logits.grad, by_hand)
-    assert mean_loss(logits, labels, 0.1, None) == nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    smoothed = mean_loss(logits, labels, "classification", 0.1, None)
+    assert smoothed == nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
 
 
 def test_balanced_weights_lift_the_recall_of_a_rare_class() -> None:

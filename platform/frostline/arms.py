@@ -217,6 +217,8 @@ def read_answers(path: str | Path, trial_ids: Sequence[str]) -> dict[str, Answer
         trials = np.asarray(table["trial_id"])
         for trial_id in set(trial_ids).intersection(trials):
             rows = table.filter(pa.array(trials == trial_id)).sort_by("sample_id").combine_chunks()
+            if rows["label"].null_count:
+                continue  # of no classification: nothing is right or wrong
             likely = np.asarray(rows["probabilities"].combine_chunks().flatten()).reshape(len(rows), -1)
             correct = np.asarray(rows["label"]) == np.asarray(rows["predicted"])
             found[trial_id] = Answers(digest(rows["sample_id"].to_pylist()), correct, likely.max(axis=1))

@@ -36,10 +36,10 @@ from frostline.freeze import Applied, Network, Plan, apply_plan, compile_plan, p
 from frostline.head import build_head
 from frostline.images import BadImage, Fit, fitted
 from frostline.inputs import Images, Inputs
-from frostline.metrics import probabilities
+from frostline.metrics import probabilities, said_of
 from frostline.pixels import Recipe
 from frostline.samples import BadSample, utf8
-from frostline.spec import BackboneSpec, Data
+from frostline.spec import BackboneSpec, Data, Task
 from frostline.staging import Parcel
 from frostline.tokens import Tokenizer, load_tokenizer, parse_tokenizer, raw_of, tokenizer_files
 from frostline.trialspec import TrialSpec
@@ -58,14 +58,14 @@ class BundleError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """What a bundle says of N images."""
+    """What a bundle says of N samples."""
 
-    labels: list[str]
-    """The likeliest class of each."""
-    probabilities: np.ndarray
-    """(N, C) float32, in the order of the bundle's classes."""
+    labels: list[str] | list[tuple[str, ...]] | list[float]
+    """The likeliest class of each; or all labels of a probability above one half; or the number."""
+    probabilities: np.ndarray | None
+    """(N, C) float32, in the order of the bundle's classes; None of a regression."""
     logits: np.ndarray
-    """(N, C)."""
+    """(N, C); of a regression (N, 1), the numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +93,13 @@ class Bundle:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """In the order of the logits."""
+        """In the order of the logits; of a regression the name of its one number."""
         return tuple(self.about["labels"])
+
+    @property
+    def task(self) -> Task:
+        """What it predicts."""
+        return self.spec.data.task
 
     @property
     def size(self) -> int:
@@ -149,8 +154,8 @@ class Bundle:
         if held:
             logits.append(self.pass_through(np.stack(held), fill=len(logits) > 1)[0])
         found = np.concatenate(logits)
-        labels = [self.classes[label] for label in found.argmax(axis=1)]
-        return Predicted(labels, probabilities(found), found)
+        likely = probabilities(found, self.task) if self.task != "regression" else None
+        return Predicted(said_of(found, self.classes, self.task), likely, found)
 
     def pixels(self, image: Any) -> np.ndarray:
         """(size, size, 3) uint8 of an image. Raises BadImage."""

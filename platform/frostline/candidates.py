@@ -9,7 +9,7 @@ from itertools import combinations
 
 import numpy as np
 
-from frostline.spec import LOWER_IS_BETTER, Metric, Mode
+from frostline.spec import LOWER_IS_BETTER, Metric, Mode, Task
 from frostline.stats import kendall
 from frostline.text import count
 
@@ -32,7 +32,7 @@ class HeadScore:
     val_scores: dict[Metric, float] = field(default_factory=dict)
     """All metrics on val; nll of those only that give probabilities."""
     losses: np.ndarray | None = field(default=None, repr=False, compare=False)
-    """(n,) of each train image in the cross-validation: its NLL where that is the objective, else whether it was wrong."""
+    """(n,) of each train sample in the cross-validation: `probing.losses_of`."""
     reason: str | None = None
     """Why there are no scores."""
 
@@ -85,6 +85,7 @@ class Probed:
     mode: Mode
     n_train: int
     n_val: int
+    task: Task
     classes: int
     inputs: str
     """What was classified: `images` or `texts`."""
@@ -270,10 +271,11 @@ def _named(head: HeadScore) -> str:
 
 def _said(head: HeadScore, probed: Probed) -> str:
     """A head's scores, with what those on val stand on."""
-    accuracy = head.val_scores["accuracy"]
-    error = f"binomial standard error {binomial_error(accuracy, probed.n_val):.4f}"
-    also = "" if probed.metric == "accuracy" else f"; accuracy {accuracy:.4f}"
-    val = f"{head.val:.4f} on val ({probed.n_val:,} {probed.inputs}{also}, {error})"
+    accuracy, more = head.val_scores.get("accuracy"), ""
+    if accuracy is not None:
+        also = "" if probed.metric == "accuracy" else f"; accuracy {accuracy:.4f}"
+        more = f"{also}, binomial standard error {binomial_error(accuracy, probed.n_val):.4f}"
+    val = f"{head.val:.4f} on val ({probed.n_val:,} {probed.inputs}{more})"
     if head.inner is None:
         return f"{probed.metric} {val}"
     return f"{probed.metric} {head.inner:.4f} in cross-validation on train, {val}"

@@ -10,14 +10,31 @@ from typing import Any
 from frostline.modality import reads_text
 from frostline.trialspec import TrialSpec
 
-METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "nll": "NLL"}
+METRICS = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "micro_f1": "micro F1",
+    "macro_f1": "macro F1",
+    "exact_match": "exact match",
+    "average_precision": "mAP",
+    "nll": "NLL",
+    "rmse": "RMSE",
+    "mae": "MAE",
+    "r2": "R²",
+}
+KNOWN = {
+    "classification": "Classes",
+    "multilabel": "Labels, of which a sample may have any number",
+    "regression": "Numbers",
+}
+SAID = {"classification": "labels and probabilities", "multilabel": "labels and probabilities", "regression": "numbers"}
 
 
 def model_card(spec: TrialSpec, stages: Sequence[str], classes: Sequence[str], row: Mapping[str, Any]) -> str:
     """The card of a confirmation with this row; `stages` are the names of the backbone's, input to output."""
-    config, data = spec.config, dataset_name(spec.data.path)
+    config, data, data_task = spec.config, dataset_name(spec.data.path), spec.data.task
     noun = "text" if reads_text(spec.backbone.name) else "image"
-    task = f"{noun}-classification"
+    task = f"{noun}-{'regression' if data_task == 'regression' else 'classification'}"
     if noun == "text":
         sample = '("a text", "its second")' if spec.data.pair_column else '"a text"'
         shown = f"texts, cut to {spec.data.max_tokens} tokens, `{spec.backbone.pool}` pooling; `tokenizer.json` is beside this file"
@@ -31,7 +48,7 @@ def model_card(spec: TrialSpec, stages: Sequence[str], classes: Sequence[str], r
     lines = [
         "---",
         "library_name: frostline",
-        f"pipeline_tag: {task}",
+        *([f"pipeline_tag: {task}"] if data_task != "regression" else []),  # the Hub has none for it
         f"tags: {json.dumps([task, 'transfer-learning', 'fine-tuning', 'frostline'])}",
         f"base_model: {json.dumps(spec.backbone.name)}",
         f"metrics: {json.dumps(metrics)}",
@@ -52,7 +69,7 @@ def model_card(spec: TrialSpec, stages: Sequence[str], classes: Sequence[str], r
         f"- **Trained**: {row['trainable_params']:,} of {row['total_params']:,} parameters, on {row['n_train']:,} {noun}s for "
         f"{row['epochs']} epochs.",
         f"- **Input**: {shown}.",
-        f"- **Classes**: {len(classes)}: {_code(classes[:50])}{', …' if len(classes) > 50 else ''}.",
+        f"- **{KNOWN[data_task]}**: {len(classes)}: {_code(classes[:50])}{', …' if len(classes) > 50 else ''}.",
         "",
         "## Results",
         "",
@@ -67,7 +84,7 @@ def model_card(spec: TrialSpec, stages: Sequence[str], classes: Sequence[str], r
         "```python",
         "import frostline",
         "",
-        f'frostline.load_bundle("bundle").predict([{sample}])  # labels and probabilities',
+        f'frostline.load_bundle("bundle").predict([{sample}])  # {SAID[data_task]}',
         "```",
         "",
         "## Get the same again",

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from frostline.losses import mean_loss
+from frostline.spec import Task
+
 PENALTIES = tuple(10 ** (k / 2) for k in range(-8, 5))  # in mean eigenvalues of the features' scatter
 SCALES = tuple(2.0**k for k in range(8))
 
@@ -38,20 +41,22 @@ class Ridge:
     left_out: Tensor  # (N, C): what the fit to all other samples predicts for each
 
 
-def ridge(features: Tensor, labels: Tensor, classes: int) -> LinearHead:
-    """Ridge regression of class indicators on (N, D) features, for (N,) labels below `classes`.
+def ridge(features: Tensor, labels: Tensor, classes: int, task: Task = "classification") -> LinearHead:
+    """Ridge regression of class indicators on (N, D) features, for (N,) labels below `classes`; or of (N, C) labels of 0 and 1, or of
+    numbers, as `task` says.
 
-    The penalty and the scale that makes logits of its outputs are those with the lowest leave-one-out NLL, which is exact
-    for ridge.
+    The penalty, and the scale that makes logits of its outputs (none where they are numbers), are those with the lowest leave-one-out
+    loss, which is exact for ridge.
     """
-    targets = functional.one_hot(labels, classes).double()
+    targets = (functional.one_hot(labels, classes) if task == "classification" else labels).double()
+    middle = 0.5 if task == "multilabel" else 0.0  # where an indicator's logit is 0; classes are only told apart
     candidates = (
-        (float(functional.cross_entropy(scale * fit.left_out, labels)), scale, fit)
+        (float(mean_loss(scale * (fit.left_out - middle), labels, task, 0.0, None)), scale, fit)
         for fit in ridge_path(features.double(), targets, PENALTIES)
-        for scale in SCALES
+        for scale in (SCALES if task != "regression" else (1.0,))
     )
     _, scale, best = min(candidates, key=lambda candidate: candidate[0])
-    return LinearHead(scale * best.weight, scale * best.bias, best.strength)
+    return LinearHead(scale * best.weight, scale * (best.bias - middle), best.strength)
 
 
 def ridge_path(inputs: Tensor, targets: Tensor, strengths: Iterable[float]) -> Iterator[Ridge]:

@@ -410,11 +410,11 @@ def _rows(path: Path, file: pq.ParquetFile, schema: pa.Schema) -> pa.Table:
         raise UnknownSchema(
             f"{path}: written with schema {found}, and this Frostline reads schema {wanted}; use the one that wrote it"
         )
-    if not file.schema_arrow.equals(schema):
-        raise UnknownSchema(
-            f"{path}: its columns are not those of schema {wanted}:\n{file.schema_arrow.remove_metadata()}"
-        )
-    return file.read().replace_schema_metadata(schema.metadata)
+    there, rows = file.schema_arrow, file.read()
+    if not there.equals(pa.schema(field for field in schema if field.name in there.names)):
+        raise UnknownSchema(f"{path}: its columns are not those of schema {wanted}:\n{there.remove_metadata()}")
+    columns = [rows[f.name] if f.name in there.names else pa.nulls(len(rows), f.type) for f in schema]
+    return pa.table(columns, schema=schema)  # columns that came after the file are null
 
 
 def _metadata(file: pq.ParquetFile) -> dict[bytes, bytes]:

@@ -16,10 +16,12 @@ import pyarrow as pa
 
 from frostline.files import DataError
 from frostline.images import DECODE_VERSION, decode, decode_grey
+from frostline.labels import labels_in, not_a_number
 from frostline.pixels import BYTES, Recipe, content_hashes, load_rows
 from frostline.sources import Source, open_source
-from frostline.spec import Data
-from frostline.splits import SPLITS, joined, split
+from frostline.spec import Data, Task
+from frostline.splits import SPLITS, joined, occurring, split
+from frostline.targets import Target
 from frostline.tokens import Tokenizer, key_of_rows, load_tokenizer, to_ids
 
 __all__ = ["DataError", "Dataset", "at_most", "load_data", "splits_table", "subset"]
@@ -38,9 +40,12 @@ class Dataset:
     inputs: np.ndarray
     """(N, size, size, 3) uint8 RGB, or (N, size, 2) int32 ids and types of tokens; mapped read-only from the node's cache."""
     labels: np.ndarray
-    """(N,) int64: indices into `classes`."""
+    """(N,) int64: indices into `classes`. Of several labels (N, C) float32 of 0 and 1, of a regression (N, 1) float64."""
+    names: tuple[str, ...]
+    """The label of each sample as text, as its source has it."""
     sample_ids: tuple[str, ...]
     classes: tuple[str, ...]
+    """What is told apart; of several labels these, of a regression the name of the column."""
     split: np.ndarray
     """(N,) of "train", "val" and "test"."""
     groups: tuple[str, ...] | None
@@ -52,6 +57,8 @@ class Dataset:
     """16 hex digits over sample id, class, group and split of every sample, and over what was excluded."""
     inputs_hash: str
     """16 hex digits over everything that could change `inputs`: contents, size, fit or tokenizer, versions."""
+    target: Target
+    """How training counts the labels."""
 
     @property
     def size(self) -> int:
@@ -62,6 +69,11 @@ class Dataset:
         """The samples of a split, sorted, int64."""
         assert split in SPLITS, split
         return np.flatnonzero(self.split == split).astype(np.int64)
+
+    def targets(self, samples: np.ndarray) -> np.ndarray:
+        """What a network is trained to give for these samples: (n,) int64, (n, C) float32 of 0 and 1, or (n, 1) float32 standardised."""
+        labels = self.labels[samples]
+        return self.target.standardised(labels) if self.target.task == "regression" else labels
 
 
 def load_data(spec: Data, split_seed: int, *, progress: Callable[[int, int], None] | None = None) -> Dataset:
@@ -90,6 +102,7 @@ def subset(dataset: Dataset, per_class: int | None, seed: int) -> np.ndarray:
     train = dataset.indices("train")
     if per_class is None:
         return train
+    assert dataset.target.task == "classification", "others are refused with the job"
     labels = dataset.labels[train]
     for label, name in enumerate(dataset.classes):
         if (count := int(np.sum(labels == label))) < per_class:
@@ -102,10 +115,12 @@ def subset(dataset: Dataset, per_class: int | None, seed: int) -> np.ndarray:
 
 def at_most(dataset: Dataset, per_class: int, seed: int) -> np.ndarray:
     """Train samples, sorted, int64: `per_class` of each class drawn by `seed`, or all that a class has. Part of `subset`
-    with the same seed, where that draws as many or more."""
+    with the same seed, where that draws as many or more. Where a sample has no one class, as many in all."""
     train = dataset.indices("train")
     labels = dataset.labels[train]
     drawn = np.argsort(np.random.default_rng(seed).random(len(train)), kind="stable")
+    if dataset.target.task != "classification":
+        return train[np.sort(drawn[: per_class * len(dataset.classes)])]
     chosen = [drawn[labels[drawn] == label][:per_class] for label in range(len(dataset.classes))]
     return train[np.sort(np.concatenate(chosen))]
 
@@ -117,7 +132,7 @@ def splits_table(dataset: Dataset) -> pa.Table:
     return pa.table(
         {
             "sample_id": [*dataset.sample_ids, *(what for what, _ in dataset.excluded)],
-            "label": [*(dataset.classes[label] for label in dataset.labels), *[None] * out],
+            "label": [*dataset.names, *[None] * out],
             "group_id": [*(dataset.groups or [None] * len(dataset.labels)), *[None] * out],
             "split": [*dataset.split.tolist(), *["excluded"] * out],
             "reason": [*[None] * len(dataset.labels), *(reason for _, reason in dataset.excluded)],
@@ -145,6 +160,10 @@ def _load(spec: Data, split_seed: int, progress: Callable[[int, int], None] | No
         return np.delete(indices, list(reasons))
 
     hashes, unreadable = content_hashes(source)
+    if spec.task == "regression":
+        unreadable |= {
+            i: why for i, name in enumerate(source.names) if name is not None and (why := not_a_number(name))
+        }
     kept = usable(np.arange(len(source.sample_ids)), unreadable)
     contents = np.array([row.tobytes().hex() for row in hashes])
     kept = usable(kept, _crossing(source, kept, contents))
@@ -154,13 +173,7 @@ def _load(spec: Data, split_seed: int, progress: Callable[[int, int], None] | No
         raise DataError(_listing(source.name, problems))
 
     names = [name for i in kept if (name := source.names[i]) is not None]  # labelled: all have one
-    present = set(names)
-    classes = tuple(c for c in source.classes if c in present) if source.classes else order_classes(present)
-    if len(classes) < 2:
-        left = f"only samples of class {classes[0]!r}" if classes else "no samples"
-        raise DataError(f"{source.name} has {left}; at least two classes are needed{_after(problems)}")
-    numbers = {name: label for label, name in enumerate(classes)}
-    labels = np.array([numbers[name] for name in names], np.int64)
+    classes, labels = labels_of(spec, source, names, _after(problems))
     groups = None if source.groups is None else tuple(source.groups[i] for i in kept)
     keys = [contents[kept]] if groups is None else [contents[kept], np.array(groups)]
     assigned = _assign(spec, source, kept, labels, joined(*keys), classes, split_seed, _after(problems))
@@ -169,6 +182,7 @@ def _load(spec: Data, split_seed: int, progress: Callable[[int, int], None] | No
     return Dataset(
         inputs=made.rows,
         labels=labels,
+        names=tuple(names),
         sample_ids=sample_ids,
         classes=classes,
         split=assigned,
@@ -177,7 +191,43 @@ def _load(spec: Data, split_seed: int, progress: Callable[[int, int], None] | No
         data_hash=_hash_rows(zip(sample_ids, names, contents[kept].tolist(), strict=True)),
         split_hash=_hash_rows([*rows, *((what, None, None, "excluded") for what, _ in problems)]),
         inputs_hash=made.key,
+        target=target_of(spec.task, labels[assigned == "train"]),
     )
+
+
+def labels_of(spec: Data, source: Source, names: Sequence[str], after: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """The classes, and `Dataset.labels` of samples of these names. Raises DataError."""
+    if spec.task == "regression":
+        labels = np.array([float(name) for name in names])[:, None]
+        if len(np.unique(labels)) < 2:
+            raise DataError(
+                f"{source.name}: all labels are {names[0] if names else 'missing'}; nothing can be learnt{after}"
+            )
+        return (spec.label_column,), labels
+    if spec.task == "multilabel":
+        sets = [labels_in(name, spec.label_separator) for name in names]
+        classes = order_classes(name for each in sets for name in each)
+        if not classes:
+            raise DataError(f"{source.name}: no sample has any label in column {spec.label_column!r}{after}")
+        numbers = {name: label for label, name in enumerate(classes)}
+        labels = np.zeros((len(names), len(classes)), np.float32)
+        for row, each in zip(labels, sets, strict=True):
+            row[[numbers[name] for name in each]] = 1
+        return classes, labels
+    present = set(names)
+    classes = tuple(c for c in source.classes if c in present) if source.classes else order_classes(present)
+    if len(classes) < 2:
+        left = f"only samples of class {classes[0]!r}" if classes else "no samples"
+        raise DataError(f"{source.name} has {left}; at least two classes are needed{after}")
+    numbers = {name: label for label, name in enumerate(classes)}
+    return classes, np.array([numbers[name] for name in names], np.int64)
+
+
+def target_of(task: Task, train: np.ndarray) -> Target:
+    """How training counts its labels, (n, …)."""
+    if task != "regression":
+        return Target(task)
+    return Target(task, float(train.mean()), float(train.std()) or 1.0)
 
 
 def recipe_of(spec: Data, source: Source | None, tokenizer: Tokenizer | None = None) -> Recipe:
@@ -241,6 +291,8 @@ def _assign(
     after: str,
 ) -> np.ndarray:
     """The split of every kept sample: as given, with what is not given carved out of train, or out of all."""
+    if spec.task == "regression":
+        labels = np.zeros(len(kept), np.int64)  # splits are drawn from all alike
     if source.splits is None:
         return split(labels, units, val=spec.val, test=spec.test, seed=seed, classes=classes)
     assigned = np.array([source.splits[i] for i in kept], dtype="<U5")
@@ -252,7 +304,7 @@ def _assign(
     if "train" not in given:
         raise DataError(f"{source.name} comes with {' and '.join(sorted(given))} but no train split")
     for name in SPLITS[1:]:
-        if strays := set(labels[assigned == name].tolist()) - set(labels[in_train].tolist()):
+        if strays := set(occurring(labels[assigned == name])) - set(occurring(labels[in_train])):
             listed = ", ".join(repr(classes[label]) for label in sorted(strays))
             raise DataError(f"{source.name}: class(es) {listed} in {name}, but not in train{after}")
     val, test = (0.0 if name in given else share for name, share in (("val", spec.val), ("test", spec.test)))

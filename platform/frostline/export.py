@@ -357,14 +357,16 @@ def _others(bundle: Bundle, target: str) -> str:
 
 
 def _readme(bundle: Bundle, target: str, folder: str, opened: str) -> str:
-    task = f"{bundle.inputs.noun}-classification"
+    regression = bundle.task == "regression"
+    task = f"{bundle.inputs.noun}-{'regression' if regression else 'classification'}"
+    given = "numbers, in the unit of the labels," if regression else "logits,"
     scores = {name: value for name, value in bundle.about["scores"].items() if name.startswith("test_")}
     told = ", ".join(f"{name.removeprefix('test_')} {value:.4f}" for name, value in scores.items())
     return "\n".join(
         [
             "---",
             f"library_name: {TARGETS[target].library}",
-            f"pipeline_tag: {task}",
+            *([f"pipeline_tag: {task}"] if not regression else []),
             f"tags: {json.dumps([task, 'transfer-learning', 'frostline'])}",
             f"base_model: {json.dumps(bundle.spec.backbone.name)}",
             "---",
@@ -375,7 +377,7 @@ def _readme(bundle: Bundle, target: str, folder: str, opened: str) -> str:
             f"    {opened}",
             "",
             *_takes(bundle, target, folder, opened),
-            f"Output: (N, {len(bundle.classes)}) logits, in the order of `labels` in `frostline.json`, which also has the configuration, the",
+            f"Output: (N, {len(bundle.classes)}) {given} in the order of `labels` in `frostline.json`, which also has the configuration, the",
             "hashes of data and weights, and the scores.",
             "",
             f"On test, one seed: {told}.",

@@ -18,6 +18,14 @@ from frostline.extras import extra
 from frostline.freeze import Network
 from frostline.head import SeededDropout
 from frostline.inputs import Texts
+from frostline.spec import Task
+
+PROBLEMS: dict[Task, str] = {
+    "classification": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
+}
+"""What transformers calls them."""
 
 
 class OfIds(nn.Module):
@@ -54,6 +62,7 @@ def save_for_transformers(
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # as in `load_encoder`
     model.load_state_dict(encoder.model.state_dict())
+    model.config.problem_type = PROBLEMS[bundle.task]
     model.config.id2label = dict(enumerate(bundle.classes))
     model.config.label2id = {name: number for number, name in enumerate(bundle.classes)}
     model.save_pretrained(folder)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from frostline.closedform import ridge
-from frostline.spec import Head
+from frostline.spec import Head, Task
+from frostline.targets import Target
 
 
 class SeededDropout(nn.Module):
@@ -78,14 +78,25 @@ def build_head(head: Head, features: int, classes: int, seed: int) -> nn.Sequent
     return nn.Sequential(*hidden, SeededDropout(head.dropout), out)
 
 
-def set_probe(head: nn.Sequential, features: Tensor, labels: np.ndarray) -> None:
-    """Set the last layer to the ridge solution on its inputs for (N, D) features: for a linear head that is the probe from
-    which LP-FT (Kumar et al. 2022) starts, for an MLP the ridge on what its random hidden layer makes of them.
+def set_probe(head: nn.Sequential, features: Tensor, labels: Tensor, task: Task = "classification") -> None:
+    """Set the last layer to the ridge solution on its inputs for (N, D) features and what they are to give, as training has it: for a
+    linear head that is the probe from which LP-FT (Kumar et al. 2022) starts, for an MLP the ridge on what its random hidden layer makes
+    of them.
     """
     *hidden, _, out = head
     assert isinstance(out, nn.Linear)
     with torch.no_grad():
         inputs = nn.Sequential(*hidden)(features.to(out.weight))
-        solution = ridge(inputs.cpu(), torch.from_numpy(labels).long(), out.out_features)
+        solution = ridge(inputs.cpu(), labels.cpu(), out.out_features, task)
         out.weight.copy_(solution.weight)
         out.bias.copy_(solution.bias)
+
+
+@torch.no_grad()
+def in_units(head: nn.Sequential, target: Target) -> None:
+    """Make a trained head of a regression give labels as the data has them; others give what they gave."""
+    out = head[-1]
+    assert isinstance(out, nn.Linear)
+    if target != Target(target.task):
+        out.weight.mul_(target.std)
+        out.bias.mul_(target.std).add_(target.mean)

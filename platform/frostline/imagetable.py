@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from frostline.files import DataError, Place, nearest, reaching, read_bytes
 from frostline.images import BadImage
+from frostline.labels import label_text
 from frostline.spec import Data
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -49,7 +50,7 @@ def open_table(place: Place, spec: Data, *, labelled: bool = True) -> ImageTable
                 )
         splits = _texts(file, "split", place) if "split" in schema.names else None
         return ImageTable(
-            labels=_texts(file, spec.label_column, place)
+            labels=_labels(file, spec, place)
             if labelled or spec.label_column in schema.names
             else [None] * file.metadata.num_rows,
             groups=_texts(file, spec.group_column, place) if spec.group_column and labelled else None,
@@ -111,6 +112,16 @@ def _texts(file: pq.ParquetFile, column: str, place: Place) -> list[str | None]:
     if not (pa.types.is_integer(kind) or is_text(kind)):
         raise DataError(f"{place.name}: column {column!r} holds {kind}; integers or strings are needed")
     return [None if value is None else str(value) for value in values.to_pylist()]
+
+
+def _labels(file: pq.ParquetFile, spec: Data, place: Place) -> list[str | None]:
+    values = file.read(columns=[spec.label_column]).column(0)
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    try:
+        return [label_text(value, spec) for value in values.to_pylist()]
+    except ValueError as error:
+        raise DataError(f"{place.name}: column {spec.label_column!r} {error}") from None
 
 
 def split_name(value: str | None, place: Place, *, strict: bool = True) -> str | None:

@@ -32,6 +32,7 @@ from frostline.spec import (
     section_models,
     takes_range,
 )
+from frostline.targets import task_mistakes
 from frostline.trialspec import configure
 
 EXAMPLES = {
@@ -98,7 +99,7 @@ def parse_job(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: str
     sound = _sound_part(merged, found) if found else job
     lines += found.values()
     lines += _arm_mistakes(sound, len(merged.get("arms", ()))) if sound else ()
-    lines += modality_mistakes(job) if job else ()
+    lines += [*modality_mistakes(job), *task_mistakes(job)] if job else ()
     if job is None or lines:
         assert lines
         count = f"{len(lines)} mistake{'s' * (len(lines) != 1)}"

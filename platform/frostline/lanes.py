@@ -21,10 +21,11 @@ from torch.nn import functional
 
 from frostline.features import EVAL_BATCH, chunks, widened
 from frostline.head import SeededDropout, seed_dropout
+from frostline.losses import balance, label_weights, softened
 from frostline.metrics import scores
 from frostline.outcome import EpochRecord
-from frostline.spec import Metric, Train
-from frostline.training import REMEDY, Batches, NonFiniteError, class_weights, rate_factor
+from frostline.spec import Metric, Task, Train
+from frostline.training import REMEDY, Batches, NonFiniteError, rate_factor
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # what torch.optim.AdamW takes by default
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -108,7 +109,7 @@ def train_lanes(
                 elif not np.isfinite(logits).all():
                     what = f"validation after epoch {epoch} gives logits that are not finite"
                 else:
-                    found[number] = scores(logits, truth, metric)
+                    found[number] = scores(logits, truth, metric, target=val.target)
                     continue
                 news[number] = NonFiniteError(f"{what}; {REMEDY}")
             ended = time.perf_counter()
@@ -215,9 +216,10 @@ class _Batch(NamedTuple):
     """A mini-batch, the same for all lanes."""
 
     features: Tensor  # (B, D)
-    labels: Tensor  # (B,)
-    truth: Tensor  # (C, B): 1 at the label
-    weights: Tensor  # (B,): how much each sample's loss weighs where classes are balanced
+    truth: Tensor  # (C, B): 1 at the class or the labels, else 0; or the numbers of a regression
+    weights: Tensor  # (B,) or (C, B): how much each sample's loss, or each label's, weighs where they are balanced
+    labels: Tensor  # (B, …)
+    task: Task
 
 
 def _train_epoch(
@@ -229,12 +231,15 @@ def _train_epoch(
     tables = [_coefficients(block, first_step, len(batches)) for block in blocks]
     totals = [torch.zeros(len(block.lanes), device=train.labels.device) for block in blocks]
     classes = blocks[0].stacks[-1]["value"].shape[1]
-    weights = class_weights(train.labels, classes)
+    task = train.target.task
+    weights = balance(train.labels, classes, task) if task != "regression" else train.labels.new_ones(1)
 
     def fetch(batch: np.ndarray) -> _Batch:
         features, labels = train.fetch(train.samples[batch], epoch), train.labels[batch]
-        truth = functional.one_hot(labels, classes).T.to(features.dtype).contiguous()
-        return _Batch(features, labels, truth, weights[labels].to(features.dtype))
+        of_classes = task == "classification"
+        truth = (functional.one_hot(labels, classes) if of_classes else labels).T.to(features.dtype).contiguous()
+        weigh = weights[labels] if of_classes else label_weights(labels, weights).T
+        return _Batch(features, truth, weigh.to(features.dtype), labels, task)
 
     for start in range(0, len(batches), VISIT):
         visit = [fetch(batch) for batch in batches[start : start + VISIT]]
@@ -311,7 +316,7 @@ def _backward(block: _Block, batch: _Batch, smoothing: Tensor, dtype: torch.dtyp
     logits, inputs, hidden = _logits(values, features, noise)
     config = block.any.config
     weights = batch.weights if config.class_weights == "balanced" else None
-    loss, gradient = _loss(widened(logits), batch, smoothing if config.label_smoothing else None, weights)
+    loss, gradient = _LOSSES[batch.task](widened(logits), batch, smoothing if config.label_smoothing else None, weights)
 
     gradient, features = gradient.to(dtype), features.to(dtype)
     by_weight = torch.tensordot(gradient, features, 1) if inputs is None else gradient @ inputs.mT
@@ -325,7 +330,9 @@ def _backward(block: _Block, batch: _Batch, smoothing: Tensor, dtype: torch.dtyp
     return loss, [each.to(stack["value"].dtype) for each, stack in zip(gradients, block.stacks, strict=True)]
 
 
-def _loss(logits: Tensor, batch: _Batch, smoothing: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+def _of_classes(
+    logits: Tensor, batch: _Batch, smoothing: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy (L,) of (L, C, B) logits, of which samples may weigh (B,), and its gradient by them."""
     lanes, classes, samples = logits.shape
     likely, truth = functional.log_softmax(logits, 1), batch.truth
@@ -339,6 +346,26 @@ def _loss(logits: Tensor, batch: _Batch, smoothing: Tensor | None, weights: Tens
         truth = torch.lerp(truth, truth.new_tensor(1 / classes), smoothing[..., None])
     gradient = likely.exp_().sub_(truth).div_(samples)
     return loss, gradient if weights is None else gradient.mul_(weights)
+
+
+def _of_labels(
+    logits: Tensor, batch: _Batch, smoothing: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same of the binary cross-entropy, the mean over labels, each of which may weigh (C, B)."""
+    truth = batch.truth if smoothing is None else softened(batch.truth, smoothing[..., None])
+    losses, gradient = functional.softplus(logits) - logits * truth, logits.sigmoid().sub_(truth)
+    if weights is not None:
+        losses, gradient = losses * weights, gradient.mul_(weights)
+    return losses.mean((1, 2)), gradient.div_(truth.shape[-2] * truth.shape[-1])
+
+
+def _of_numbers(outputs: Tensor, batch: _Batch, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same of the squared error."""
+    errors = outputs - batch.truth
+    return errors.square().mean((1, 2)), errors.mul_(2 / batch.truth.numel())
+
+
+_LOSSES = {"classification": _of_classes, "multilabel": _of_labels, "regression": _of_numbers}
 
 
 def _update(

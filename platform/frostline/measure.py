@@ -170,7 +170,8 @@ def _step_seconds(
     only_head = cut == len(backbone.stages)
     batch = wanted if only_head else len(samples)
     numbers = np.arange(8 * batch if only_head else batch)  # one step of a head is too short to be timed
-    labels = torch.from_numpy(prepared.dataset.labels[samples[numbers % len(samples)]]).to(device)
+    dataset = prepared.dataset
+    labels = torch.from_numpy(dataset.targets(samples[numbers % len(samples)])).to(device)
     fetch = _fetch(origin, feed, cut, samples)
     if cut:
         resume(network.backbone, origin.cut(cut))
@@ -179,8 +180,8 @@ def _step_seconds(
         network,
         phases,
         job.train.model_copy(update=config),
-        train=Batches(fetch, numbers, labels),
-        val=Batches(fetch, numbers[:1], labels[:1]),
+        train=Batches(fetch, numbers, labels, dataset.target),
+        val=Batches(fetch, numbers[:1], labels[:1], dataset.target),
         metric=job.objective.metric,
         seeding=Seeding(0, 0),
         autocast=origin.autocast,

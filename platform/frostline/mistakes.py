@@ -45,12 +45,7 @@ def read_mistakes(study: str | Path, trial_ids: Sequence[str], classes: int) -> 
     """The mistakes of these trials together; None where they have no predictions."""
     counts, seen = np.zeros((classes, classes), np.int64), set()
     wrong: dict[str, list[tuple[int, int, float]]] = {}
-    wanted = set(trial_ids)
-    for part in results.prediction_parts(study):
-        chosen = pa.array([each in wanted for each in part["trial_id"].to_pylist()], pa.bool_())
-        rows = part.filter(chosen).combine_chunks()
-        if not rows.num_rows:
-            continue
+    for rows in predictions_of(study, trial_ids):
         seen |= set(rows["trial_id"].to_pylist())
         label, predicted = np.asarray(rows["label"]), np.asarray(rows["predicted"])
         np.add.at(counts, (label, predicted), 1)
@@ -72,6 +67,14 @@ def read_mistakes(study: str | Path, trial_ids: Sequence[str], classes: int) -> 
     ]
     worst.sort(key=lambda each: (-each["wrong"], each["likely"], each["sample_id"]))
     return Mistakes(counts, len(seen), worst[:WORST])
+
+
+def predictions_of(study: str | Path, trial_ids: Sequence[str]) -> Iterator[pa.Table]:
+    """The predictions of these trials, some at a time."""
+    for part in results.prediction_parts(study):
+        chosen = pa.array([each in trial_ids for each in part["trial_id"].to_pylist()], pa.bool_())
+        if (rows := part.filter(chosen).combine_chunks()).num_rows:
+            yield rows
 
 
 def confused(mistakes: Mistakes, most: int) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from frostline.intake import FORM, JSON, Input, Limits
+from frostline.spec import Task
 from frostline.versions import VERSION
 
 TOP = 5
@@ -29,6 +30,9 @@ _LABELLED = {
     "required": ["label", "probability"],
     "properties": {"label": {"type": "string"}, "probability": {"type": "number", "minimum": 0, "maximum": 1}},
 }
+_TOP = {"type": "array", "minItems": 1, "items": _LABELLED}
+_ANSWERS: dict[Task, str] = {"classification": "Prediction", "multilabel": "Labels", "regression": "Number"}
+"""Task -> the schema of a prediction."""
 _SCHEMAS: dict[str, Any] = {
     "Error": {
         "type": "object",
@@ -47,16 +51,26 @@ _SCHEMAS: dict[str, Any] = {
     "Prediction": {
         "type": "object",
         "required": ["label", "top"],
-        "properties": {"label": {"type": "string"}, "top": {"type": "array", "minItems": 1, "items": _LABELLED}},
+        "properties": {"label": {"type": "string"}, "top": _TOP},
     },
+    "Labels": {
+        "type": "object",
+        "required": ["labels", "top"],
+        "properties": {"labels": {"type": "array", "items": {"type": "string"}}, "top": _TOP},
+    },
+    "Number": {"type": "object", "required": ["value"], "properties": {"value": {"type": "number"}}},
     "Status": {"type": "object", "required": ["status"], "properties": {"status": {"type": "string"}}},
 }
 
 
-def describe(served: Mapping[str, tuple[Sequence[str], Input]], limits: Limits, with_token: bool) -> dict[str, Any]:
-    """The document, of the classes and the input of each bundle."""
-    many = {"type": "array", "minItems": 1, "items": _ref("Prediction")}
-    each = {"type": "object", "required": [*served], "properties": dict.fromkeys(served, many)}
+def describe(
+    served: Mapping[str, tuple[Sequence[str], Input, Task]], limits: Limits, with_token: bool
+) -> dict[str, Any]:
+    """The document, of the classes, the input and the task of each bundle."""
+    many = {
+        name: {"type": "array", "minItems": 1, "items": _ref(_ANSWERS[task])} for name, (_, _, task) in served.items()
+    }
+    each = {"type": "object", "required": [*served], "properties": many}
     paths: dict[str, Any] = {
         "/": {
             "get": _operation(
@@ -69,13 +83,14 @@ def describe(served: Mapping[str, tuple[Sequence[str], Input]], limits: Limits, 
             "get": _operation("this document", {"200": _answer("OpenAPI 3.1", {"type": "object"})}, ["401"])
         },
     }
-    first, *others = {given for _, given in served.values()}
+    first, *others = {given for _, given, _ in served.values()}
     if not others:
-        most = max(len(classes) for classes, _ in served.values())
+        most = max(len(classes) for classes, _, _ in served.values())
         operation = _predict("ask all bundles", "bundles", each, most)
         paths["/predict"] = {"post": operation | {"requestBody": _body(first, limits)}}
-    for name, (classes, given) in served.items():
-        operation = _predict(f"ask {name}, which knows {len(classes)} classes", "predictions", many, len(classes))
+    for name, (classes, given, task) in served.items():
+        knows = f"gives {classes[0]}" if task == "regression" else f"knows {len(classes)} classes"
+        operation = _predict(f"ask {name}, which {knows}", "predictions", many[name], len(classes))
         paths[f"/{name}/predict"] = {"post": operation | {"requestBody": _body(given, limits)}}
     scheme = {"token": {"type": "http", "scheme": "bearer"}} if with_token else {}
     return {

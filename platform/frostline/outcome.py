@@ -9,8 +9,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from frostline.spec import Metric
+from frostline.targets import EVERY
 from frostline.trialspec import TrialSpec
 from frostline.versions import versions
+
+_OF_EPOCHS = {name for names in EVERY.values() for name in names} - {"nll"}
+"""Metrics that have a column of their own in the table of epochs; the NLL is `val_loss`."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,11 @@ class EpochRecord:
     seconds: float  # of this epoch's training and validation
     eval_seconds: float
     phase: int = 0  # of the strategy, counted from 0
+
+    @property
+    def val_loss(self) -> float:
+        """The mean loss on val: the NLL, or of a regression the squared error over the variance of val's labels."""
+        return self.val["nll"] if "nll" in self.val else 1 - self.val["r2"]
 
 
 @dataclass
@@ -83,7 +92,7 @@ def summarise(spec: TrialSpec, records: Sequence[EpochRecord], status: str) -> d
         pick = max if spec.objective.mode == "max" else min
         best, last = pick(records, key=lambda record: record.val_score), records[-1]
         row |= {"last_score": last.val_score, "best_epoch_score": best.val_score, "best_epoch": best.epoch}
-        row |= {"val_nll": last.val["nll"]}
+        row |= {"val_nll": last.val.get("nll")}
         if status == "complete":
             row["val_score"] = last.val_score
     if status == "pruned":
@@ -100,9 +109,9 @@ def epoch_row(trial_id: str, record: EpochRecord, seq: int, heard_seq: int, stop
         "seq": seq,
         "heard_seq": heard_seq,
         "train_loss": record.train_loss,
-        "val_loss": record.val["nll"],
+        "val_loss": record.val_loss,
         "val_score": record.val_score,
-        **{f"val_{name}": record.val[name] for name in ("accuracy", "balanced_accuracy", "macro_f1")},
+        **{f"val_{name}": value for name, value in record.val.items() if name in _OF_EPOCHS},
         "lr": record.lr,
         "head_lr": record.head_lr,
         "seconds": record.seconds,

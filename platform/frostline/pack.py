@@ -23,7 +23,7 @@ from frostline.data import subset
 from frostline.depths import end_of
 from frostline.features import Feed, Origin
 from frostline.freeze import Applied, FreezeError, Network, Plan, apply_plan, compile_plan
-from frostline.head import set_probe
+from frostline.head import in_units, set_probe
 from frostline.lanes import Lane, train_lanes
 from frostline.outcome import EpochRecord, Outcome, summarise
 from frostline.rows import Cost, describe, describe_data, describe_network
@@ -174,12 +174,12 @@ def _head_program(
 
     def batches(samples: np.ndarray) -> Batches:
         read = feed.activations(origin, plan.end, samples, lead.features, mean=True)
-        return Batches(read, samples, torch.from_numpy(dataset.labels[samples]).to(world.device))
+        return Batches(read, samples, torch.from_numpy(dataset.targets(samples)).to(world.device), dataset.target)
 
     train, val = batches(subset(dataset, lead.data.per_class, lead.seeds.subset)), batches(dataset.indices("val"))
     networks = [Network(module, head_of(lane.spec, origin)) for lane in lanes]
     applied = _apply(plan, networks, backbone)
-    _set_probes(lanes, networks, plan.end, train.samples, origin, feed)
+    _set_probes(lanes, networks, plan.end, train, origin, feed)
     for lane, network, masks in zip(lanes, networks, applied, strict=True):
         lane.row |= describe_network(network, masks, backbone, plan, lane.spec.config.train)
         lane.row |= {"inputs": "features", "precision": "bf16" if origin.autocast else "fp32"}
@@ -208,6 +208,7 @@ def _head_program(
         outcome = Outcome(lane.row)
         if lane.spec.round == "confirm" and status == "complete":
             with lane.watch:
+                in_units(network.head, dataset.target)
                 test = batches(dataset.indices("test"))
                 logits = predict(network.head, test, origin.autocast, full_batches=True)
                 confirm(outcome, lane.spec, test.samples, logits, network, applied[number], origin)
@@ -260,16 +261,16 @@ def _apply(plan: Plan, networks: Sequence[Network], backbone: Backbone) -> list[
 
 
 def _set_probes(
-    lanes: Sequence[_Lane], networks: Sequence[Network], end: int, samples: np.ndarray, origin: Origin, feed: Feed
+    lanes: Sequence[_Lane], networks: Sequence[Network], end: int, train: Batches, origin: Origin, feed: Feed
 ) -> None:
     """Lay the closed-form solutions over the heads that start at them; linear ones start alike."""
     pairs = zip(lanes, networks, strict=True)
     heads = [network.head for lane, network in pairs if lane.spec.config.head.init == "probe"]
     if heads:
-        lead, labels = lanes[0].spec, origin.dataset.labels[samples]
-        start = feed.pretrained(origin, end, samples, lead.features if lead.start_stored else None)
+        lead = lanes[0].spec
+        start = feed.pretrained(origin, end, train.samples, lead.features if lead.start_stored else None)
         linear = [head for head in heads if len(head) == 2]
         for head in [*linear[:1], *(head for head in heads if len(head) > 2)]:
-            set_probe(head, start, labels)
+            set_probe(head, start, train.labels, train.target.task)
         for head in linear[1:]:
             head[-1].load_state_dict(linear[0][-1].state_dict())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +17,12 @@ import torch
 from frostline.bundle import Bundle
 from frostline.commit import VERSION
 from frostline.features import EVAL_BATCH
-from frostline.metrics import probabilities
+from frostline.labels import labels_in, not_a_number
+from frostline.metrics import losses_of_sets, probabilities, said_of
 from frostline.pixels import Recipe, in_threads
 from frostline.samples import BadSample
 from frostline.sources import Reader, Source
+from frostline.spec import Task
 
 SCHEMA = b"1"
 PART_BYTES = 32 << 20  # of inputs
@@ -59,18 +62,40 @@ class Work:
         return [self.source.names[i] for i in self.parts[part]]
 
 
-def schema_of(classes: Sequence[str], *, features: bool) -> pa.Schema:
-    """The columns of predictions: `probabilities` are in the order of `classes`, `loss` is the label's negative log-likelihood in
-    nats, and both it and `label` are null where the label is not known or no class of the bundle."""
+LABELS: dict[Task, pa.DataType] = {
+    "classification": pa.string(),
+    "multilabel": pa.list_(pa.string()),
+    "regression": pa.float64(),
+}
+"""Task -> what a label is."""
+
+
+def schema_of(classes: Sequence[str], *, features: bool, task: Task = "classification") -> pa.Schema:
+    """The columns of predictions. `label` and `predicted` are a class, a list of labels or a number; `probabilities` are in the order of
+    `classes` (none of a regression); `loss` is the label's negative log-likelihood in nats, of several labels the mean over
+    them, of a number the squared error. It and `label` are null where the label is not known or no class of the bundle."""
+    label, likely = LABELS[task], pa.list_(pa.float32(), len(classes))
     columns = [
         ("sample_id", pa.string()),
-        ("label", pa.string()),
-        ("predicted", pa.string()),
-        ("probabilities", pa.list_(pa.float32(), len(classes))),
+        ("label", label),
+        ("predicted", label),
+        *([("probabilities", likely)] if task != "regression" else []),
         ("loss", pa.float64()),
     ]
     kept = [("features", pa.list_(pa.float32()))] if features else []
     return pa.schema([*columns, *kept], metadata={VERSION: SCHEMA})
+
+
+def label_in(bundle: Bundle, name: str | None) -> Any:
+    """A sample's label, of its text in a source, as predictions have it; None where it is not known or no class of the bundle."""
+    if name is None:
+        return None
+    if bundle.task == "regression":
+        return None if not_a_number(name) else float(name)
+    if bundle.task == "classification":
+        return name if name in bundle.classes else None
+    labels = sorted(set(labels_in(name, bundle.spec.data.label_separator)))
+    return labels if set(labels) <= set(bundle.classes) else None
 
 
 def parts_of(samples: Sequence[int], row_bytes: int) -> list[Sequence[int]]:
@@ -118,19 +143,20 @@ def predict_part(
     if held:
         passed += pass_fitting(bundle, np.stack(held), fill=batch >= EVAL_BATCH)
     logits = np.concatenate([np.empty((0, len(bundle.classes)), np.float32), *(each for each, _ in passed)])
-    known = {name: label for label, name in enumerate(bundle.classes)}
-    labels = [None if (name := names[number]) is None else known.get(name) for number in good]
+    labels = [label_in(bundle, names[number]) for number in good]
     rows = {
         "sample_id": [ids[number] for number in good],
-        "label": [None if label is None else bundle.classes[label] for label in labels],
-        "predicted": [bundle.classes[label] for label in logits.argmax(axis=1)],
-        "probabilities": pa.FixedSizeListArray.from_arrays(probabilities(logits).reshape(-1), len(bundle.classes)),
-        "loss": _losses(logits, labels),
+        "label": labels,
+        "predicted": said_of(logits, bundle.classes, bundle.task),
+        "loss": _losses(bundle, logits, labels),
     }
+    if bundle.task != "regression":
+        likely = probabilities(logits, bundle.task)
+        rows["probabilities"] = pa.FixedSizeListArray.from_arrays(likely.reshape(-1), len(bundle.classes))
     if features:
         rows["features"] = [row for _, given in passed for row in given.astype(np.float32)]
     return Part(
-        pa.table(rows, schema=schema_of(bundle.classes, features=features)),
+        pa.table(rows, schema=schema_of(bundle.classes, features=features, task=bundle.task)),
         pa.table({"sample_id": [what for what, _ in bad], "reason": [why for _, why in bad]}, schema=UNREADABLE),
     )
 
@@ -167,8 +193,29 @@ def fitting_batch(image_bytes: float, free_bytes: float) -> int:
     return batch
 
 
-def _losses(logits: np.ndarray, labels: Sequence[int | None]) -> list[float | None]:
-    wide = logits.astype(np.float64)
-    top = wide.max(axis=1, initial=-np.inf)
-    whole = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
-    return [None if label is None else float(whole[row] - wide[row, label]) for row, label in enumerate(labels)]
+def _losses(bundle: Bundle, logits: np.ndarray, labels: Sequence[Any]) -> list[float | None]:
+    known = [row for row, label in enumerate(labels) if label is not None]
+    wide = logits[known].astype(np.float64)
+    losses: list[float | None] = [None] * len(labels)
+    if bundle.task == "regression":
+        found = np.square(wide[:, 0] - [labels[row] for row in known])
+    elif bundle.task == "multilabel":
+        found = losses_of_sets(wide, indicators([labels[row] for row in known], bundle.classes))
+    else:
+        number_of = {name: number for number, name in enumerate(bundle.classes)}
+        own = [number_of[labels[row]] for row in known]
+        top = wide.max(axis=1, initial=-np.inf)
+        whole = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
+        found = whole - wide[range(len(known)), own]
+    for row, loss in zip(known, found.tolist(), strict=True):
+        losses[row] = loss
+    return losses
+
+
+def indicators(labels: Sequence[Iterable[str]], classes: Sequence[str]) -> np.ndarray:
+    """(N, C) bool: which of the classes each sample has."""
+    number_of = {name: number for number, name in enumerate(classes)}
+    found = np.zeros((len(labels), len(classes)), bool)
+    for row, names in zip(found, labels, strict=True):
+        row[[number_of[name] for name in names]] = True
+    return found

@@ -85,13 +85,16 @@ def _stage_table(stages: Sequence[StageCost], noun: str) -> Table:
     return table
 
 
+OF = {"classification": "{:,} classes, ", "multilabel": "any of {:,} labels, ", "regression": "a number each, "}
+
+
 def _about(prepared: Prepared, stages: Sequence[StageCost], sizes: Sizes) -> Iterator[tuple[str, str]]:
     data, backbone, dataset = prepared.job.data, prepared.backbone, prepared.dataset
     drawn = f" of {len(dataset.indices('train')):,} ({data.per_class:,} a class)" if data.per_class else ""
     yield "backbone", f"{backbone.name}, weights {backbone.weights_hash}"
     yield "", f"{sum(stage.parameters for stage in stages):,} parameters, {sizes.feature_dim:,} features"
     yield "data", data.path
-    yield "", f"{sizes.classes:,} classes, {_inputs(prepared)}"
+    yield "", f"{OF[dataset.target.task].format(sizes.classes)}{_inputs(prepared)}"
     counts = f"train {sizes.n_train:,}{drawn}, val {sizes.n_val:,}, test {sizes.n_test:,}"
     yield "", f"{counts}, excluded {len(dataset.excluded):,}"
 

@@ -38,9 +38,20 @@ from frostline.commit import (
 from frostline.data import load_data, recipe_of
 from frostline.files import DataError
 from frostline.jobfile import parse_job
-from frostline.metrics import scores_of
+from frostline.metrics import scores_of, scores_of_numbers, scores_of_sets
 from frostline.models import digest
-from frostline.parts import UNREADABLE, Part, Work, batch_of, decoded, parts_of, predict_part, schema_of
+from frostline.parts import (
+    UNREADABLE,
+    Part,
+    Work,
+    batch_of,
+    decoded,
+    indicators,
+    label_in,
+    parts_of,
+    predict_part,
+    schema_of,
+)
 from frostline.progress import Progress
 from frostline.progress import duration as clock
 from frostline.sources import Source, open_source
@@ -51,8 +62,8 @@ Split = Literal["train", "val", "test"]
 RECORD = "predictions"
 RAY_SECONDS = 60.0
 OWN = {  # keys of `data` that need not be those of training
-    "image": ("image_column", "label_column", "max_megapixels"),
-    "text": ("text_column", "pair_column", "label_column"),
+    "image": ("image_column", "label_column", "label_separator", "max_megapixels"),
+    "text": ("text_column", "pair_column", "label_column", "label_separator"),
 }
 
 
@@ -248,8 +259,7 @@ def _telling(progress: Progress, work: Work, done: set[int]) -> Callable[[int], 
 
 def _summary(folder: Path, bundle: Bundle, work: Work) -> Summary:
     """Count and score what is committed, a part at a time, and write summary.json, and unreadable.csv if anything is."""
-    schema = schema_of(bundle.classes, features=work.features)
-    number_of = {name: label for label, name in enumerate(bundle.classes)}
+    schema = schema_of(bundle.classes, features=work.features, task=bundle.task)
     counted, labels, predicted, losses = 0, [], [], []
     bad: list[tuple[str, str]] = []
     for part in committed_parts(folder, RECORD):
@@ -258,22 +268,20 @@ def _summary(folder: Path, bundle: Bundle, work: Work) -> Summary:
         bad += zip(lost["sample_id"], lost["reason"], strict=True)
         counted += len(rows)
         known = rows.filter(rows["label"].is_valid())
-        labels.append(np.array([number_of[name] for name in known["label"].to_pylist()], np.int64))
-        predicted.append(np.array([number_of[name] for name in known["predicted"].to_pylist()], np.int64))
+        labels.append(_countable(known["label"].to_pylist(), bundle))
+        predicted.append(_countable(known["predicted"].to_pylist(), bundle))
         losses.append(known["loss"].to_numpy())
     truth = np.concatenate(labels)
     names = chain.from_iterable(work.names(number) for number in range(len(work.parts)))
-    scores: dict[Metric, float] = {}
-    if len(truth):
-        scores = scores_of(truth, np.concatenate(predicted), np.concatenate(losses), len(number_of))
+    unknown = (name for name in names if name is not None and label_in(bundle, name) is None)
     summary = Summary(
         folder=folder,
         samples=sum(map(len, work.parts)),
         predicted=counted,
         unreadable=len(bad),
         labelled=len(truth),
-        foreign=dict(Counter(name for name in names if name is not None and name not in number_of).most_common(20)),
-        scores=scores,
+        foreign=dict(Counter(unknown).most_common(20)),
+        scores=_scored(bundle, truth, np.concatenate(predicted), np.concatenate(losses)) if len(truth) else {},
         reasons=dict(Counter(reason.partition(":")[0] for _, reason in bad).most_common()),
     )
     told = {name: value for name, value in vars(summary).items() if name != "folder"}
@@ -281,6 +289,24 @@ def _summary(folder: Path, bundle: Bundle, work: Work) -> Summary:
         write_file(folder / "unreadable.csv", _as_csv(bad))
     write_file(folder / "summary.json", (json.dumps(told, indent=2) + "\n").encode())
     return summary
+
+
+def _countable(labels: Sequence[Any], bundle: Bundle) -> np.ndarray:
+    """Labels of samples, as predictions have them, as `metrics` takes them."""
+    if bundle.task == "regression":
+        return np.array(labels, np.float64)
+    if bundle.task == "multilabel":
+        return indicators(labels, bundle.classes)
+    number_of = {name: label for label, name in enumerate(bundle.classes)}
+    return np.array([number_of[name] for name in labels], np.int64)
+
+
+def _scored(bundle: Bundle, truth: np.ndarray, predicted: np.ndarray, losses: np.ndarray) -> dict[Metric, float]:
+    if bundle.task == "regression":
+        return scores_of_numbers(truth, predicted)
+    if bundle.task == "multilabel":
+        return scores_of_sets(truth, predicted, losses)
+    return scores_of(truth, predicted, losses, len(bundle.classes))
 
 
 def _as_csv(bad: Iterable[tuple[str, str]]) -> bytes:

@@ -24,6 +24,7 @@ from frostline.seeds import derive_seed
 from frostline.sources import NAMES
 from frostline.spec import Arm, BackboneSpec, Data, Head, Job
 from frostline.staging import Parcel
+from frostline.targets import task_mistakes
 from frostline.tokens import load_tokenizer
 from frostline.versions import versions
 from frostline.world import find_device, hardware
@@ -71,7 +72,10 @@ def prepare(job: Job, progress: Callable[[int, int], None] | None = None) -> Pre
     Raises DataError, BackboneError or SpaceError, all of them ValueErrors.
     """
     job = _with_absolute_paths(job)
-    if mistakes := [*modality_mistakes(job)]:  # of a job that was put together from another's parts
+    if mistakes := [
+        *modality_mistakes(job),
+        *task_mistakes(job),
+    ]:  # of a job that was put together from another's parts
         raise DataError("; ".join(mistakes))
     backbone = load_backbone(job.backbone, image_size=job.data.image_size)
     data = settled(job, backbone)
@@ -155,14 +159,23 @@ def check_heads(job: Job, backbone: Backbone, image_size: int) -> None:
 
 def check_objective(job: Job, dataset: Dataset) -> None:
     """Whether the objective can be computed. Raises DataError."""
-    if job.objective.metric != "auroc":
-        return
+    metric, task = job.objective.metric, dataset.target.task
     for split in ("val", "test"):
-        present = np.unique(dataset.labels[dataset.indices(split)])
-        if len(present) < 2:
+        labels = dataset.labels[dataset.indices(split)]
+        if task == "classification" and metric == "auroc" and len(present := np.unique(labels)) < 2:
             raise DataError(
                 f"objective.metric = 'auroc' tells classes apart, and in {split} there is only "
                 f"{dataset.classes[present[0]]!r}; use another metric, or give {split} samples of other classes"
+            )
+        if task == "multilabel" and metric == "auroc" and not ((share := labels.mean(axis=0)) * (1 - share)).any():
+            raise DataError(
+                f"objective.metric = 'auroc' tells who has a label from who lacks it, and in {split} no label is of some samples "
+                f"only; use another metric, or give {split} other samples"
+            )
+        if task == "regression" and metric in ("r2", "spearman") and len(np.unique(labels)) < 2:
+            raise DataError(
+                f"objective.metric = {metric!r} explains what varies, and in {split} all labels are {labels[0, 0]:g}; use rmse or mae, "
+                f"or give {split} other samples"
             )
 
 

@@ -40,6 +40,9 @@ def render_probed(probed: Probed, console: Console) -> None:
     print_whole(_facts(verdict(probed)), console)
 
 
+OF = {"classification": " of {:,} classes", "multilabel": " with any of {:,} labels", "regression": ""}
+
+
 def to_json(probed: Probed) -> dict[str, Any]:
     """It as JSON values, with what was decided."""
     found = asdict(probed)
@@ -61,7 +64,7 @@ def _about(candidate: Candidate, probed: Probed) -> Iterator[str]:
         + (f"{candidate.size} x {candidate.size} pixels" if probed.inputs == "images" else f"{candidate.size} tokens")
     )
     yield (
-        f"{probed.n_train:,} train and {probed.n_val:,} val {probed.inputs} of {probed.classes:,} classes; "
+        f"{probed.n_train:,} train and {probed.n_val:,} val {probed.inputs}{OF[probed.task].format(probed.classes)}; "
         f"{candidate.images_passed:,} {probed.inputs} passed it now; {duration(candidate.seconds)}"
     )
 

@@ -9,6 +9,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -26,14 +28,15 @@ from frostline.data import Dataset
 from frostline.extract import Need, extract, supply
 from frostline.features import Feed, Origin
 from frostline.measure import resumable
-from frostline.metrics import OF_PROBABILITIES, scores
+from frostline.metrics import OF_PROBABILITIES, losses_of_sets, scores
 from frostline.neighbours import nearest_mean, nearest_neighbours
 from frostline.prepare import Prepared, prepare
-from frostline.probes import fitted_to
+from frostline.probes import fitted_to, methods
 from frostline.propose import precisions
 from frostline.seeds import derive_seed
-from frostline.spec import BackboneSpec, Freeze, Head, Job, Metric
+from frostline.spec import BackboneSpec, Freeze, Head, Job, Metric, Task
 from frostline.store import Store
+from frostline.targets import CLASSES, Target
 from frostline.transferability import h_score, logme
 from frostline.trial import origin_of
 from frostline.trialspec import Config, TrialSpec, search_seeds, trial_of
@@ -43,6 +46,7 @@ Fit = Callable[[Tensor, Tensor, int], Any]
 """(N, D) features, (N,) labels and the number of classes to a head, (N, D) features to (N, C) logits, with its `strength`."""
 
 METHODS: dict[str, Fit] = {"knn": nearest_neighbours, "mean": nearest_mean, "lda": lda, "ridge": ridge}
+"""Of a classification; other tasks have what `probes.methods` says."""
 PROBABLE = ("lda", "ridge")
 """Those whose logits stand for probabilities, so that their NLL says something."""
 FOLDS = 5
@@ -88,6 +92,7 @@ def probe_backbones(
         mode=job.objective.mode or "max",
         n_train=len(train),
         n_val=len(dataset.indices("val")),
+        task=dataset.target.task,
         classes=len(dataset.classes),
         inputs=f"{first.backbone.inputs.noun}s",
         folds=len(folds),
@@ -116,7 +121,9 @@ def folds_of(dataset: Dataset, train: np.ndarray, seed: int) -> tuple[list[tuple
     """Stratified folds of train samples (n,), as positions to fit to and to score on; samples of a group stay together. Five,
     or as many as the rarest class has images; none, and why, where some fit would lack a class."""
     labels = dataset.labels[train]
-    least = int(np.bincount(labels, minlength=len(dataset.classes)).min())
+    if dataset.target.task != "classification":
+        labels = np.zeros(len(train), np.int64)  # drawn from all alike
+    least = int(np.bincount(labels).min())
     if least < 2:
         return [], "a class has fewer than 2 train samples, so that none can be left out"
     folds = min(FOLDS, least)
@@ -128,7 +135,7 @@ def folds_of(dataset: Dataset, train: np.ndarray, seed: int) -> tuple[list[tuple
             return [], f"train has {groups.max() + 1} groups, which must stay together, for {folds} folds"
         parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, groups)
     found = [(fit, held) for fit, held in parts if len(held)]
-    if any(len(np.unique(labels[fit])) < len(dataset.classes) for fit, _ in found):
+    if any(len(np.unique(labels[fit])) < len(np.unique(labels)) for fit, _ in found):
         return [], "a class has all its train samples in so few groups that leaving one out leaves none"
     return found, None
 
@@ -186,10 +193,11 @@ def place_of(
 ) -> Place:
     """All scores of the features at one cut."""
     dataset, stages = origin.dataset, origin.backbone.stages
-    classes, metric = len(dataset.classes), spec.objective.metric
+    asked = Asked(len(dataset.classes), spec.objective.metric, dataset.target)
+    task = asked.target.task
     inputs = feed.means(origin, cut, origin.view(1), train, spec.features)
     shown = feed.means(origin, cut, None, val, spec.features)
-    labels, truth = torch.from_numpy(dataset.labels[train]).long(), dataset.labels[val]
+    labels, truth = torch.from_numpy(dataset.targets(train)), dataset.targets(val)
     sizes = {name: each.numel() for name, each in origin.backbone.module.named_parameters()}
     passed = [*accumulate(sum(sizes.get(name, 0) for name in stage.tensors) for stage in stages)]
     return Place(
@@ -197,46 +205,64 @@ def place_of(
         stage=stages[cut - 1].name,
         parameters=passed[cut - 1],
         features=inputs.shape[1],
-        heads=tuple(score_head(method, inputs, labels, shown, truth, classes, metric, folds) for method in METHODS),
-        logme=_or_none(logme, inputs, labels, classes),
-        h_score=_or_none(h_score, inputs, labels, classes),
+        heads=tuple(
+            score_head(method, fit, inputs, labels, shown, truth, asked, folds)
+            for method, fit in (METHODS if task == "classification" else methods(task)).items()
+        ),
+        logme=_or_none(partial(logme, task=task), inputs, labels, asked.classes),
+        h_score=_or_none(h_score, inputs, labels, asked.classes) if task == "classification" else None,
     )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What heads are fitted and scored for."""
+
+    classes: int
+    """Or outputs."""
+    metric: Metric
+    target: Target = CLASSES
 
 
 def score_head(
     method: str,
+    fit: Fit,
     inputs: Tensor,
     labels: Tensor,
     shown: Tensor,
     truth: np.ndarray,
-    classes: int,
-    metric: Metric,
+    asked: Asked,
     folds: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> HeadScore:
-    """Fit a head to (n, D) features and (n,) labels, and score it on (m, D) features of val and their (m,) labels; and, fitted
+    """Fit a head to (n, D) features and (n, …) labels, and score it on (m, D) features of val and their (m, …) labels; and, fitted
     to the others of its fold, on each sample that it was fitted to."""
-    fit = METHODS[method]
+    classes, metric, target = asked.classes, asked.metric, asked.target
     try:
         head = fit(inputs, labels, classes)
-        found = scores(head(shown).numpy(), truth, metric)
+        found = scores(head(shown).numpy(), truth, metric, target=target)
         left_out = torch.zeros(len(inputs), classes, dtype=torch.float64)
         for kept, held in folds:
             left_out[held] = fit(inputs[kept], labels[kept], classes)(inputs[held]).double()
     except LinAlgError as error:
         return HeadScore(method, None, None, None, reason=str(error)[:500])
-    inner = scores(left_out.numpy(), labels.numpy(), metric) if folds else {}
+    inner = scores(left_out.numpy(), labels.numpy(), metric, target=target) if folds else {}
     if method not in PROBABLE:
         for name in OF_PROBABILITIES:
             found.pop(name, None)
             inner.pop(name, None)
     if not all(map(math.isfinite, [*found.values(), *inner.values()])):
         return HeadScore(method, head.strength, None, None, reason="its scores are not finite numbers")
-    losses = losses_of(left_out, labels, metric) if metric in inner else None
+    losses = losses_of(left_out, labels, metric, target.task) if metric in inner else None
     return HeadScore(method, head.strength, inner.get(metric), found.get(metric), found, losses)
 
 
-def losses_of(logits: Tensor, labels: Tensor, metric: Metric) -> np.ndarray:
-    """(N,) losses of (N, C) logits for (N,) labels: NLL under metrics of probabilities, else 1 where the class is wrong."""
+def losses_of(logits: Tensor, labels: Tensor, metric: Metric, task: Task) -> np.ndarray:
+    """(N,) losses of (N, C) logits for (N, …) labels: NLL under metrics of probabilities, else 1 where the class is wrong; of several
+    labels their mean NLL; of numbers the squared error."""
+    if task == "regression":
+        return (logits - labels).square().mean(dim=1).numpy()
+    if task == "multilabel":
+        return losses_of_sets(logits.numpy(), labels.numpy())
     if metric in OF_PROBABILITIES:
         return functional.cross_entropy(logits, labels, reduction="none").numpy()
     return (logits.argmax(dim=1) != labels).double().numpy()

@@ -33,6 +33,7 @@ _TYPES = {
     "json": pa.string(),  # as plain text it opens everywhere, and DuckDB's ->> reads it all the same
     "time": pa.timestamp("us", tz="UTC"),
     "floats": pa.list_(pa.float32()),
+    "ints": pa.list_(pa.int32()),
 }
 
 
@@ -56,7 +57,8 @@ SCHEMAS = {
         int32   epoch
         int8    phase
         int64   seq heard_seq
-        float64 train_loss val_loss val_score val_accuracy val_balanced_accuracy val_macro_f1 lr head_lr seconds
+        float64 train_loss val_loss val_score val_accuracy val_balanced_accuracy val_macro_f1
+        float64 val_micro_f1 val_exact_match val_rmse val_mae val_r2 lr head_lr seconds
         int64   images
         text    decision
     """),
@@ -71,6 +73,8 @@ SCHEMAS = {
     "predictions": _schema("""
         text    trial_id sample_id
         int32   label predicted
+        ints    labels
+        float64 value predicted_value
         floats  probabilities
     """),
     "probes": _schema("""
@@ -78,7 +82,8 @@ SCHEMAS = {
         text    method
         int32   features
         int64   n_train n_val
-        float64 strength val_score val_nll val_accuracy val_balanced_accuracy val_macro_f1 seconds
+        float64 strength val_score val_nll val_accuracy val_balanced_accuracy val_macro_f1
+        float64 val_micro_f1 val_exact_match val_rmse val_mae val_r2 seconds
         text    reason
     """),
     "trials": _schema("""
@@ -101,6 +106,7 @@ SCHEMAS = {
         float64 val_score last_score best_epoch_score
         int32   best_epoch
         float64 val_nll test_score test_nll test_accuracy test_balanced_accuracy test_macro_f1 test_auroc test_top5_accuracy test_ece test_brier
+        float64 test_micro_f1 test_exact_match test_average_precision test_rmse test_mae test_r2 test_spearman
         int64   n_train n_val n_test
         float64 seconds spent_s alone_s seconds_data seconds_setup seconds_train seconds_eval
         int64   images_forward images_backward
@@ -122,7 +128,8 @@ SCHEMAS = {
         text    sample_id label group_id split reason
     """),
 }
-"""Table -> its columns, the one place where they are defined."""
+"""Table -> its columns, the one place where they are defined. One may be added, and is null in rows from before it; the version
+rises when a column goes, or means something else."""
 
 RECORD = "trials"
 TABLES = ("asks", "epochs", "extractions", "predictions", "probes", RECORD)

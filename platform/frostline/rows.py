@@ -17,9 +17,10 @@ from frostline.backbone import Backbone
 from frostline.data import Dataset
 from frostline.failures import kind_of
 from frostline.freeze import Applied, FreezeError, Network, Plan, stage_rates
-from frostline.metrics import FURTHER, probabilities, scores
+from frostline.metrics import probabilities, scores
 from frostline.outcome import EpochRecord, asked
 from frostline.spec import Train
+from frostline.targets import FURTHER, Target
 from frostline.training import Batches
 from frostline.trialspec import TrialSpec
 from frostline.world import World, hardware, peak_mib, reset_peak
@@ -79,24 +80,28 @@ def failure(error: Exception) -> dict[str, Any]:
 
 def score_on_test(spec: TrialSpec, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """The columns of a confirmation's scores on test."""
-    found = scores(logits, labels, *FURTHER)
+    target = Target(spec.data.task)
+    found = scores(logits, labels, *FURTHER[target.task], target=target)
     named = {f"test_{name}": value for name, value in found.items()}
     return {**named, "test_score": found[spec.objective.metric], "n_test": len(labels)}
 
 
 def prediction_rows(spec: TrialSpec, logits: np.ndarray, dataset: Dataset, samples: np.ndarray) -> list[dict[str, Any]]:
-    """Rows of the predictions table for (n, classes) logits of these samples."""
-    likely = probabilities(logits)
-    return [
-        {
-            "trial_id": spec.trial_id,
-            "sample_id": dataset.sample_ids[sample],
-            "label": int(dataset.labels[sample]),
-            "predicted": int(logits[row].argmax()),
-            "probabilities": likely[row],
-        }
-        for row, sample in enumerate(samples)
-    ]
+    """Rows of the predictions table for (n, outputs) of these samples, of a regression in the unit of the data."""
+    task, labels = spec.data.task, dataset.labels[samples]
+    said: list[dict[str, Any]]
+    if task == "classification":
+        best = logits.argmax(axis=1)
+        said = [{"label": label, "predicted": each} for label, each in zip(labels.tolist(), best.tolist(), strict=True)]
+    elif task == "multilabel":
+        said = [{"labels": np.flatnonzero(row)} for row in labels]
+    else:
+        pairs = zip(labels[:, 0].tolist(), logits[:, 0].tolist(), strict=True)
+        said = [{"value": value, "predicted_value": each} for value, each in pairs]
+    if task != "regression":
+        said = [each | {"probabilities": row} for each, row in zip(said, probabilities(logits, task), strict=True)]
+    named = ({"trial_id": spec.trial_id, "sample_id": dataset.sample_ids[sample]} for sample in samples)
+    return [of | each for of, each in zip(named, said, strict=True)]
 
 
 @dataclass

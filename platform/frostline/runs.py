@@ -20,6 +20,7 @@ FINAL = "final/"
 
 _EPOCH = (
     *("train_loss", "val_loss", "val_score", "val_accuracy", "val_balanced_accuracy", "val_macro_f1"),
+    *("val_micro_f1", "val_exact_match", "val_rmse", "val_mae", "val_r2"),
     *("lr", "head_lr", "seconds", "images"),
 )
 _FINAL = (
@@ -33,7 +34,8 @@ _FINAL = (
         "test_nll",
         "test_accuracy",
     ),
-    *("test_auroc", "test_top5_accuracy", "test_ece", "test_brier"),
+    *("test_auroc", "test_top5_accuracy", "test_ece", "test_brier", "test_micro_f1", "test_exact_match"),
+    *("test_average_precision", "test_rmse", "test_mae", "test_r2", "test_spearman"),
     *("test_balanced_accuracy", "test_macro_f1", "epochs", "seconds", "spent_s", "alone_s", "peak_mib"),
     *("trainable_params", "total_params"),
 )

@@ -17,6 +17,7 @@ from frostline.jobfile import as_toml
 from frostline.mistakes import Mistakes, confused, excerpts, read_mistakes
 from frostline.page import Section, figure, listing, paragraph, table, text
 from frostline.subject import Subject
+from frostline.target_sections import MISTAKES
 from frostline.text import duration
 
 CLASSES = 30
@@ -109,11 +110,15 @@ def importance(subject: Subject) -> Section:
 def mistakes(subject: Subject, pictures: Pictures) -> Section:
     """What the winner got wrong on test."""
     title, classes = "Mistakes", subject.facts["classes"]
-    winner = subject.winner
+    winner, of_others = subject.winner, MISTAKES.get(subject.job["data"].get("task"))
     done = [each["trial_id"] for each in winner.confirmations if each["test_score"] is not None] if winner else []
-    found = read_mistakes(subject.path, done, len(classes)) if done else None
-    if found is None or winner is None:
+    if winner is None or not done:
         return Section("mistakes", title, paragraph("There are no predictions on test yet: confirmations make them."))
+    if of_others is not None:
+        return of_others(subject, winner.label, done)
+    found = read_mistakes(subject.path, done, len(classes))
+    if found is None:
+        return Section("mistakes", title, paragraph("There are no predictions on test."))
     shown = confused(found, CLASSES)
     totals = found.counts.sum(axis=1)
     rows = [

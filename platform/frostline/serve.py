@@ -139,7 +139,9 @@ def serve_bundles(
         with cluster(address, allow_open=allow_open_cluster) as wait:
             wait()
             with _serving(groups, loaded, folders, replicas, max_batch, stays=address is not None) as asks:
-                served = {name: Served(bundle.classes, given_to(bundle)) for name, bundle in loaded.items()}
+                served = {
+                    name: Served(bundle.classes, given_to(bundle), bundle.task) for name, bundle in loaded.items()
+                }
                 app = app_of(served, partial(ask_all, asks), partial(all_ready, asks), door=door, limits=limits)
                 url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
                 for line in opening(url, groups, replicas, door):

@@ -40,8 +40,17 @@ Strategy = Literal[
 ]
 Sampler = Literal["tpe", "random", "qmc", "grid"]
 Round = Literal["search", "confirm"]
-Metric = Literal["accuracy", "balanced_accuracy", "macro_f1", "nll", "auroc", "top5_accuracy", "ece", "brier"]
-LOWER_IS_BETTER: tuple[Metric, ...] = ("nll", "ece", "brier")
+Task = Literal["classification", "multilabel", "regression"]
+OfClasses = Literal["accuracy", "balanced_accuracy", "macro_f1", "nll", "auroc", "top5_accuracy", "ece", "brier"]
+OfSets = Literal["micro_f1", "exact_match", "average_precision"]
+OfNumbers = Literal["rmse", "mae", "r2", "spearman"]
+Metric = Literal[OfClasses, OfSets, OfNumbers]
+LOWER_IS_BETTER: tuple[Metric, ...] = ("nll", "ece", "brier", "rmse", "mae")
+USUAL_METRIC: dict[Task, Metric] = {
+    "classification": "accuracy",
+    "multilabel": "average_precision",
+    "regression": "rmse",
+}
 Mode = Literal["max", "min"]
 Pool = Literal["mean", "cls"]
 
@@ -57,8 +66,13 @@ class Data(Frozen):
     """Texts only: their column."""
     pair_column: str | None = None
     """Texts only: the column of a second text, where a sample is a pair."""
+    task: Task = "classification"
+    """What is predicted: one class of several; `multilabel`, any number of labels, none being one; or `regression`, a number. A sample of
+    several labels needs a table, which holds them as a list, or as one text."""
     label_column: str = "label"
-    """Tables only: the column of labels (integers or strings)."""
+    """Tables only: the column of labels (integers or strings; with `multilabel` lists of them, with `regression` numbers)."""
+    label_separator: str = Field(default=";", min_length=1, max_length=8)
+    """multilabel only: what stands between the labels of a sample where a table holds them as one text."""
     group_column: str | None = None
     """Tables only: rows with the same value here (a patient, a camera, an author) never stand in two splits."""
     max_tokens: int | None = Field(default=None, ge=8, le=65536)
@@ -320,8 +334,10 @@ class Scaling(Frozen):
 
 class Objective(Frozen):
     metric: Metric = "accuracy"
-    """The score that is searched for and compared. `nll` is the mean negative log-likelihood in nats; `auroc` is averaged over classes,
-    each against the others; `ece` is the calibration error in 15 bins; `brier` the squared distance of the probabilities."""
+    """The score that is searched for and compared; with `multilabel` average_precision when not given, with `regression` rmse. `nll` is
+    the mean negative log-likelihood in nats; `auroc` and `average_precision` are averaged over classes, each against the others; `ece` is
+    the calibration error in 15 bins; `brier` the squared distance of the probabilities; `exact_match` the share of samples of which
+    all labels are right; `rmse` and `mae` are in the unit of the labels."""
     mode: Mode | None = None
     """`max` or `min`; the metric's own direction when not given."""
 
@@ -428,6 +444,14 @@ class Job(Frozen):
     search: Search = Search()
     confirm: Confirm = Confirm()
     arms: dict[Name, Arm] = Field(default={})
+
+    @model_validator(mode="after")
+    def _objective_of_the_task(self) -> Job:
+        if "metric" not in self.objective.model_fields_set and self.data.task != "classification":
+            given = {"mode": self.objective.mode} if "mode" in self.objective.model_fields_set else {}
+            objective = Objective.model_validate({"metric": USUAL_METRIC[self.data.task], **given})
+            object.__setattr__(self, "objective", objective)
+        return self
 
     @property
     def folder(self) -> Path:

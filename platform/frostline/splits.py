@@ -25,9 +25,10 @@ def split(
 ) -> np.ndarray:
     """Assign samples to "train", "val" and "test": an (N,) array of these names.
 
-    `labels` (N,) and `groups` (N,) are integers, `val` and `test` shares of these N samples; a share of 0 leaves that
-    split out, so val can be carved out of a given train split by passing its samples with test = 0. `classes` names
-    the labels in errors.
+    `labels` (N,) and `groups` (N,) are integers, or `labels` (N, C) of 0 and 1 where a sample may have any number of classes: the
+    shares of each, and of all samples, are then held as well as can be (as Sechidis et al. 2011 do). `val` and `test` are shares of
+    these N samples; a share of 0 leaves that split out, so val can be carved out of a given train split by passing its samples with
+    test = 0. `classes` names the labels in errors.
 
     Every class is in every split. Without groups the counts of a class are within one of its shares (further off only
     where a share is below one sample, as each split gets at least one), and the errors of the classes cancel out over
@@ -45,11 +46,12 @@ def split(
         return repr(classes[label]) if classes is not None else str(label)
 
     numbers = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    units = _units(labels, numbers)
+    held = _held(labels)
+    units = _units(held, numbers)
     left = Counter(label for unit in units for label in unit)  # class -> units not placed yet
     for label in sorted(left):
         if left[label] < len(wanted):
-            samples = int(np.sum(labels == label))
+            samples = sum(label in each for each in held)
             counted = f"{samples} sample(s)" + (f" in {left[label]} group(s)" if left[label] != samples else "")
             raise DataError(
                 f"class {name(label)} has {counted}, fewer than the {len(wanted)} splits to fill ({', '.join(wanted)}): "
@@ -59,20 +61,20 @@ def split(
     # Keys drawn as plain floats: their stream is the same on every platform and release of NumPy.
     order = np.argsort(np.random.default_rng(seed).random(len(units)), kind="stable")
     order = sorted(order.tolist(), key=lambda unit: -sum(units[unit].values()))
-    counts = Counter(labels.tolist())
+    counts = Counter(label for each in held for label in each)
     room = _quotas(counts, shares)  # class -> samples still wanted, one number a split
     lacking = {label: set(range(len(wanted))) for label in counts}  # class -> splits that have none of it yet
     placed = np.empty(len(units), np.int64)
     for unit in order:
-        held = units[unit]
+        own = units[unit]
         # As soon as a class has only as many units left as splits without it, each of these splits must get one.
-        urgent = [lacking[label] for label in held if lacking[label] and left[label] <= len(lacking[label])]
+        urgent = [lacking[label] for label in own if lacking[label] and left[label] <= len(lacking[label])]
         among = set.intersection(*urgent) or set.union(*urgent) if urgent else range(len(wanted))
         into = max(
-            sorted(among), key=lambda s: sum(room[label][s] * n / counts[label] for label, n in sorted(held.items()))
+            sorted(among), key=lambda s: sum(room[label][s] * n / counts[label] for label, n in sorted(own.items()))
         )
         placed[unit] = into
-        for label, n in held.items():
+        for label, n in own.items():
             room[label][into] -= n
             left[label] -= 1
             lacking[label].discard(into)
@@ -99,11 +101,24 @@ def joined(*keys: np.ndarray) -> np.ndarray:
     return connected_components(links, directed=False)[1][:n].astype(np.int64)
 
 
-def _units(labels: np.ndarray, numbers: np.ndarray) -> list[dict[int, int]]:
+def occurring(labels: np.ndarray) -> list[int]:
+    """The classes that occur in (N,) labels or, any number a sample, in (N, C) of 0 and 1."""
+    return np.unique(labels).tolist() if labels.ndim == 1 else np.flatnonzero(labels.any(axis=0)).tolist()
+
+
+def _held(labels: np.ndarray) -> list[list[int]]:
+    """The classes of each sample; of several a further one that all have, so that splits are of the right size."""
+    if labels.ndim == 1:
+        return [[label] for label in labels.tolist()]
+    return [[*np.flatnonzero(row).tolist(), labels.shape[1]] for row in labels]
+
+
+def _units(held: Sequence[Sequence[int]], numbers: np.ndarray) -> list[dict[int, int]]:
     """For every group, numbered from 0: class -> samples."""
     units: list[dict[int, int]] = [{} for _ in range(int(numbers.max()) + 1)]
-    for unit, label in zip(numbers.tolist(), labels.tolist(), strict=True):
-        units[unit][label] = units[unit].get(label, 0) + 1
+    for unit, classes in zip(numbers.tolist(), held, strict=True):
+        for label in classes:
+            units[unit][label] = units[unit].get(label, 0) + 1
     return units
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import nn
 
 from frostline.jobfile import parse_job
-from frostline.spec import Job
+from frostline.spec import Job, Task
 
 TOY_BACKBONE = "python:frostline.testing:toy_backbone"
 
@@ -55,6 +58,33 @@ def image_folder(root: Path, classes: Sequence[str] = ("bars", "discs"), per_cla
             pixels[shape] += np.array([180, 60 * (number % 3), 20 * (number % 7)])
             Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index:03}.png")
     return root
+
+
+SHAPES = ("bar", "disc", "frame")
+
+
+def target_table(path: Path, task: Task, count: int = 60, side: int = 24) -> Path:
+    """Write a Parquet table of noisy PNG images: with `multilabel` of any of SHAPES, with `regression` of a disc, the label being how far
+    right it is in pixels."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:side, :side]
+    edges = np.minimum(np.minimum(rows, columns), side - 1 - np.maximum(rows, columns))
+    images, labels = [], []
+    for number in range(count):
+        x, y = rng.uniform(0.2 * side, 0.8 * side, 2)
+        disc = (columns - x) ** 2 + (rows - y) ** 2 < (side / 6) ** 2
+        masks = {"bar": abs(rows - y) < 2, "disc": disc, "frame": edges < 2}
+        shown = ["disc"] if task == "regression" else [s for bit, s in enumerate(SHAPES) if number >> bit & 1]
+        pixels = rng.integers(0, 60, (side, side, 3))
+        for channel, shape in enumerate(SHAPES):
+            pixels[..., channel] += 150 * (masks[shape] & (shape in shown))
+        file = BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+        images.append(file.getvalue())
+        labels.append(float(x) if task == "regression" else shown)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": images, "label": labels}), path)
+    return path
 
 
 WORDS = {

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from frostline.files import DataError, Place, nearest, reaching
 from frostline.imagetable import is_text, split_name
+from frostline.labels import label_text
 from frostline.samples import utf8
 from frostline.spec import Data
 
@@ -61,11 +62,11 @@ def open_texts(place: Place, spec: Data, *, labelled: bool = True) -> TextTable:
         table = _of_parquet(place, columns, (spec.label_column, "split"))
     texts = [table[column] for key, column in columns.items() if key in ("text_column", "pair_column")]
     splits, labels = table.get("split"), table.get(spec.label_column)
+    if labels is not None and spec.task == "multilabel" and kind.endswith(tuple(SEPARATORS)):
+        labels = [value or "" for value in labels]  # an empty field of CSV is no label, and not an unknown one
     return TextTable(
         texts=[None if None in row else tuple(_utf8(each) for each in row) for row in zip(*texts, strict=True)],
-        labels=[None] * len(texts[0])
-        if labels is None
-        else [_name(value, spec.label_column, place) for value in labels],
+        labels=[None] * len(texts[0]) if labels is None else [_label(value, spec, place) for value in labels],
         groups=None
         if spec.group_column is None or not labelled
         else [_name(v, spec.group_column, place) for v in table[spec.group_column]],
@@ -170,6 +171,13 @@ def _utf8(value: Any) -> bytes:
     if isinstance(value, bytes):
         return value
     return utf8(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _label(value: Any, spec: Data, place: Place) -> str | None:
+    try:
+        return label_text(value, spec)
+    except ValueError as error:
+        raise DataError(f"{place.name}: column {spec.label_column!r} {error}") from None
 
 
 def _name(value: Any, column: str, place: Place) -> str | None:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
 from frostline.collectives import full, gathered, is_part, replicated, share, total, unsynchronised
@@ -33,10 +32,12 @@ from frostline.freeze import (
     whole,
 )
 from frostline.head import seed_dropout, show_rows
+from frostline.losses import balance, mean_loss
 from frostline.metrics import scores
 from frostline.outcome import EpochRecord
 from frostline.seeds import derive_seed
 from frostline.spec import Metric, Train
+from frostline.targets import CLASSES, Target
 from frostline.world import ALONE, World, mixed
 
 REMEDY = "try a lower learning rate"
@@ -52,7 +53,8 @@ class Batches:
 
     fetch: Fetch
     samples: np.ndarray  # (n,) int64 sample numbers
-    labels: Tensor  # (n,) int64, on the device
+    labels: Tensor  # (n, …) as `Dataset.targets` has them, on the device
+    target: Target = CLASSES
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class Training:
         self.order = np.random.default_rng(seeding.order)
         self.per_epoch = -(-len(train.samples) // config.batch_size)
         self.factor = 0.0
-        self.weights = class_weights(train.labels, outputs(network)) if config.class_weights == "balanced" else None
+        balanced = config.class_weights == "balanced"
+        self.weights = balance(train.labels, outputs(network), train.target.task) if balanced else None
         self.records: list[EpochRecord] = []
         self.go_on: Callable[[], None] | None = None
         """Lays what was saved over the first phase that begins."""
@@ -204,7 +207,8 @@ class Training:
             with nullcontext() if number == len(pieces) else unsynchronised(self.model):
                 with mixed(train.labels.device, self.autocast):
                     logits = self.model(train.fetch(train.samples[samples], epoch))
-                    loss = mean_loss(widened(logits), train.labels[samples], self.config.label_smoothing, self.weights)
+                    smoothing, task = self.config.label_smoothing, train.target.task
+                    loss = mean_loss(widened(logits), train.labels[samples], task, smoothing, self.weights)
                 (loss * (counted * self.world.workers / size)).backward()
             losses += loss.detach() * counted
         return losses
@@ -216,7 +220,7 @@ class Training:
             logits = predict(self.network, self.val, self.autocast, world=self.world)
         if not np.isfinite(logits).all():
             raise NonFiniteError(f"validation after epoch {epoch} gives logits that are not finite; {REMEDY}")
-        val_scores = scores(logits, self.val.labels.cpu().numpy(), self.metric)
+        val_scores = scores(logits, self.val.labels.cpu().numpy(), self.metric, target=self.val.target)
         finished = self.clock()
         return EpochRecord(
             epoch=epoch,
@@ -233,25 +237,10 @@ class Training:
 
 
 def outputs(network: Network) -> int:
-    """How many classes its head tells apart."""
+    """How many its head gives."""
     last = network.head[-1]
     assert isinstance(last, nn.Linear)
     return last.out_features
-
-
-def class_weights(labels: Tensor, classes: int) -> Tensor:
-    """(C,) samples / (classes x samples of the class), for (N,) labels: of all samples together they weigh 1 on average, if every
-    class occurs."""
-    counts = torch.bincount(labels, minlength=classes).clamp(min=1)
-    return (len(labels) / (classes * counts)).to(torch.get_default_dtype())
-
-
-def mean_loss(logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None) -> Tensor:
-    """The mean cross-entropy of (N, C) logits with smoothed (N,) labels, each sample's being weighed by its class."""
-    if weights is None:
-        return functional.cross_entropy(logits, labels, label_smoothing=smoothing)
-    losses = functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-    return (losses * weights[labels].to(losses.dtype)).mean()
 
 
 def _pieces(rows: slice, size: int | None) -> Iterator[slice]:

@@ -11,21 +11,22 @@ from torch import Tensor
 from torch.nn import functional
 
 from frostline.closedform import shrinkage
+from frostline.spec import Task
 
 RATIOS = torch.logspace(-8, 8, 81, dtype=torch.float64)
 """Of the weights' precision to the noise's, in mean eigenvalues of the features' Gram matrix; the last is no fit at all."""
 
 
-def logme(features: Tensor, labels: Tensor, classes: int) -> float:
+def logme(features: Tensor, labels: Tensor, classes: int, task: Task = "classification") -> float:
     """LogME (You et al. 2021): the log evidence per sample of a Bayesian linear regression of class indicators on (N, D)
-    features, for (N,) labels below `classes`, each of which occurs; the mean over classes, in nats.
+    features, for (N,) labels below `classes`, each of which occurs; the mean over classes, in nats. Of other tasks, of (N, C) labels.
 
     For weights of precision a and noise of precision b, both at their best, y ~ N(0, (I + F F' b / a) / b): given a / b the
     best b has a closed form, so that the evidence is maximised over one number, which may have more than one maximum. The
     authors' published code leaves the D - N eigenvalues that are zero out of the determinant, but not out of the weights'
     precision: for N < D it gives random features a large value.
     """
-    targets = functional.one_hot(labels, classes).double()
+    targets = (functional.one_hot(labels, classes) if task == "classification" else labels).double()
     spectrum, power, rest = spectrum_of(features.double(), targets)
     ratios = RATIOS * float(spectrum.mean().clamp(min=1e-30))
     found = evidence(ratios, spectrum, power, rest, len(targets))  # (R, C)

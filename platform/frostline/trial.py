@@ -22,7 +22,7 @@ from frostline.data import load_data, subset
 from frostline.depths import end_of
 from frostline.features import Feed, Origin, on_device
 from frostline.freeze import Applied, FreezeError, Network, Plan, apply_plan, compile_plan, fixed_hash, whole
-from frostline.head import build_head, set_probe
+from frostline.head import build_head, in_units, set_probe
 from frostline.models import digest
 from frostline.outcome import EpochRecord, Outcome, summarise
 from frostline.rows import Cost, describe, describe_data, describe_network, failure, prediction_rows, score_on_test
@@ -95,14 +95,14 @@ def trial_steps(
         read = feed.inputs(origin)
         if spec.cached:
             read = feed.activations(origin, plan.cut, samples, spec.features, mean=plan.only_head)
-        return Batches(read, samples, torch.from_numpy(dataset.labels[samples]).to(world.device))
+        return Batches(read, samples, torch.from_numpy(dataset.targets(samples)).to(world.device), dataset.target)
 
     train = batches(subset(dataset, spec.data.per_class, spec.seeds.subset))
     val = batches(dataset.indices("val"))
     row |= describe_data(dataset, train, val)
     if config.head.init == "probe":
         start = feed.pretrained(origin, plan.end, train.samples, spec.features if spec.start_stored else None)
-        set_probe(network.head, start, dataset.labels[train.samples])
+        set_probe(network.head, start, train.labels, train.target.task)
     shard(world, network)
     if applied.recalibrated:
         recalibrate(network, applied, train, spec.seeds.order)
@@ -137,6 +137,7 @@ def trial_steps(
 
     outcome = Outcome(row)
     if spec.round == "confirm" and status == "complete":
+        in_units(network.head, dataset.target)
         test = batches(dataset.indices("test"))
         logits = predict(network, test, origin.autocast, world=world, full_batches=True)
         confirm(outcome, spec, test.samples, logits, network, applied, origin)
@@ -219,7 +220,7 @@ def confirm(
     applied: Applied,
     origin: Origin,
 ) -> None:
-    """Score a trained network by its (n, classes) logits of the test samples; keep the predictions and the bundle."""
+    """Score a trained network by its (n, outputs) of the test samples, as `in_units`; keep the predictions and the bundle."""
     dataset = origin.dataset
     outcome.row |= score_on_test(spec, logits, dataset.labels[samples])
     outcome.predictions = prediction_rows(spec, logits, dataset, samples)

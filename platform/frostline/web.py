@@ -24,8 +24,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from frostline.intake import Input, Limits, Refused, contents_of
-from frostline.metrics import probabilities
+from frostline.metrics import probabilities, said_of
 from frostline.openapi import TOP, describe
+from frostline.spec import Task
 from frostline.text import plain
 
 OPEN = ("/", "/healthz", "/readyz")
@@ -44,6 +45,7 @@ class Served:
 
     classes: tuple[str, ...]
     given: Input
+    task: Task = "classification"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ def app_of(
     """The routes: `/NAME/predict` for each bundle, `/predict` for all of them where they take the same, a page, OpenAPI, health
     and readiness."""
     held = _Held(limits)
-    described = describe({name: (each.classes, each.given) for name, each in served.items()}, limits, bool(door.token))
+    described = describe(
+        {name: (each.classes, each.given, each.task) for name, each in served.items()}, limits, bool(door.token)
+    )
 
     async def predict_one(request: Request) -> Response:
         name = request.path_params["name"]
@@ -121,7 +125,7 @@ def app_of(
             number, why = min(bad.items())
             more = f"; and {len(bad) - 1} more" * (len(bad) > 1)
             raise Refused(422, f"{given.noun} {number} cannot be used", f"{why}{more}", f"send {given.what}")
-        return {name: predictions(logits[name], served[name].classes, top) for name in names}
+        return {name: predictions(logits[name], served[name].classes, top, served[name].task) for name in names}
 
     async def openapi(_: Request) -> Response:
         return JSONResponse(described)
@@ -151,16 +155,19 @@ def app_of(
     return _Guarded(app, door)
 
 
-def predictions(logits: np.ndarray, classes: Sequence[str], top: int) -> list[dict[str, Any]]:
-    """A prediction a sample, of (N, C) logits: the likeliest class, and the `top` likeliest ones with their probabilities."""
-    shares = probabilities(logits)
+def predictions(
+    logits: np.ndarray, classes: Sequence[str], top: int, task: Task = "classification"
+) -> list[dict[str, Any]]:
+    """A prediction a sample, of (N, C) logits: the likeliest class, or all labels of a probability above one half, and the `top`
+    likeliest ones with their probabilities; of (N, 1) numbers the value."""
+    said = said_of(logits, classes, task)
+    if task == "regression":
+        return [{"value": value} for value in said]
+    key, shares = ("label" if task == "classification" else "labels"), probabilities(logits, task)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :top]
     return [
-        {
-            "label": classes[best[0]],
-            "top": [{"label": classes[label], "probability": float(row[label])} for label in best],
-        }
-        for best, row in zip(order, shares, strict=True)
+        {key: each, "top": [{"label": classes[label], "probability": float(row[label])} for label in best]}
+        for each, best, row in zip(said, order, shares, strict=True)
     ]
 
 
