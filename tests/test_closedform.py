@@ -7,10 +7,11 @@ import pytest
 import torch
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import Ridge, RidgeCV
 from torch import Tensor, nn
 
-from frostline.closedform import PENALTIES, SCALES, lda, pooled, pooled_width, ridge, ridge_path, shrinkage
+from frostline import closedform as module
+from frostline.closedform import PENALTIES, SCALES, Centred, lda, pooled, pooled_width, ridge, ridge_path, shrinkage
 from frostline.metrics import scores
 
 
@@ -37,7 +38,7 @@ SHAPES = [(60, 8, 3), (30, 30, 3), (31, 30, 3), (20, 45, 4)]  # more samples tha
 def test_ridge_is_scikit_learns(n: int, features: int, classes: int) -> None:
     inputs, targets = problem(n, features, classes)
     unit = mean_eigenvalue(inputs)
-    path = list(ridge_path(inputs, targets, PENALTIES))
+    path = list(ridge_path(Centred(inputs), targets, PENALTIES))
     assert [found.strength for found in path] == list(PENALTIES)
     for found in path:
         theirs = Ridge(alpha=unit * found.strength, solver="svd").fit(inputs.numpy(), targets.numpy())
@@ -49,11 +50,42 @@ def test_ridge_is_scikit_learns(n: int, features: int, classes: int) -> None:
 def test_left_out_predictions_are_those_of_refits(n: int, features: int, classes: int) -> None:
     inputs, targets = problem(n, features, classes, seed=1)
     unit = mean_eigenvalue(inputs)
-    for found in ridge_path(inputs, targets, (1e-3, 1e-1, 10.0)):
+    for found in ridge_path(Centred(inputs), targets, (1e-3, 1e-1, 10.0)):
         for one in range(n):
             rest = [other for other in range(n) if other != one]
             refit = Ridge(alpha=unit * found.strength, solver="svd").fit(inputs[rest].numpy(), targets[rest].numpy())
             np.testing.assert_allclose(found.left_out[one].numpy(), refit.predict(inputs[[one]].numpy())[0], atol=1e-7)
+
+
+def test_many_regressions_at_a_time_are_those_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, targets = problem(40, 12, 5)
+    together = list(ridge_path(Centred(inputs), targets, PENALTIES))
+    monkeypatch.setattr(module, "COLUMNS", 1)
+    for one, other in zip(ridge_path(Centred(inputs), targets, PENALTIES), together, strict=True):
+        np.testing.assert_allclose(one.weight.numpy(), other.weight.numpy(), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(one.left_out.numpy(), other.left_out.numpy(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [60, 8])
+def test_numbers_have_the_ridge_with_the_least_left_out_error(n: int) -> None:
+    inputs, _ = problem(n, 20, 3)
+    labels = (inputs[:, :1] * 3 + torch.randn(n, 1, generator=torch.Generator().manual_seed(0)).double() / 2).float()
+    head = ridge(inputs, labels, 1, "regression")
+    unit = mean_eigenvalue(inputs)
+    theirs = RidgeCV(alphas=[unit * strength for strength in PENALTIES]).fit(inputs.numpy(), labels.double().numpy())
+    assert unit * head.strength == pytest.approx(theirs.alpha_)
+    np.testing.assert_allclose(head(inputs).numpy()[:, 0], theirs.predict(inputs.numpy()).ravel(), atol=1e-6)
+
+
+def test_several_labels_have_logits_that_are_0_where_the_ridge_says_one_half() -> None:
+    inputs, targets = problem(80, 10, 3)
+    labels = ((targets + targets.roll(1, dims=1) * (inputs[:, :1] > 0)) > 0.5).float()
+    head = ridge(inputs, labels, 3, "multilabel")
+    theirs = Ridge(alpha=head.strength * mean_eigenvalue(inputs), solver="svd").fit(inputs.numpy(), labels.numpy())
+    logits, fit = head(inputs).numpy(), theirs.predict(inputs.numpy())
+    scale = logits.std() / fit.std()
+    assert any(scale == pytest.approx(each) for each in SCALES)
+    np.testing.assert_allclose(logits, scale * (fit - 0.5), atol=1e-6)
 
 
 @pytest.mark.parametrize(("n", "features", "classes"), SHAPES)
@@ -63,7 +95,7 @@ def test_the_ridge_head_has_the_lowest_left_out_nll(n: int, features: int, class
     head = ridge(inputs, labels, classes)
     candidates = {
         (found.strength, scale): scores(scale * found.left_out.numpy(), labels.numpy())["nll"]
-        for found in ridge_path(inputs, targets, PENALTIES)
+        for found in ridge_path(Centred(inputs), targets, PENALTIES)
         for scale in SCALES
     }
     strength, scale = min(candidates, key=candidates.__getitem__)

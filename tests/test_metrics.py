@@ -123,7 +123,7 @@ def test_an_area_needs_two_classes() -> None:
     assert np.isnan(scores(np.zeros((3, 2)), np.zeros(3, int), "auroc")["auroc"])
 
 
-@given(st.data(), st.integers(2, 30), st.integers(1, 5))
+@given(st.data(), st.integers(2, 30), st.integers(2, 5))
 def test_scores_of_several_labels_are_scikit_learns(data: st.DataObject, n: int, classes: int) -> None:
     labels = data.draw(hnp.arrays(np.float32, (n, classes), elements=st.sampled_from([0.0, 1.0])))
     labels[0], labels[1] = 0, 1  # each label is of some samples only

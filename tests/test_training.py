@@ -11,8 +11,8 @@ from frostline.backbone import load_backbone
 from frostline.features import chunks
 from frostline.freeze import Applied, Network, apply_plan, compile_plan
 from frostline.head import build_head
-from frostline.seeds import derive_seed
 from frostline.losses import balance, mean_loss
+from frostline.seeds import derive_seed
 from frostline.spec import BackboneSpec, Freeze, Head, Train
 from frostline.testing import TOY_BACKBONE
 from frostline.training import (

@@ -4,8 +4,9 @@ seed, one solution; they say in a second what a backbone's features are worth, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,22 @@ from frostline.losses import mean_loss
 from frostline.spec import Task
 
 PENALTIES = tuple(10 ** (k / 2) for k in range(-8, 5))  # in mean eigenvalues of the features' scatter
+COLUMNS = 256  # of all regressions that are solved at a time
 SCALES = tuple(2.0**k for k in range(8))
+
+
+class Centred:
+    """(N, D) features less their mean, in float64, and what the heads in closed form have in common of them."""
+
+    def __init__(self, features: Tensor) -> None:
+        features = features.double()
+        self.centre = features.mean(dim=0)
+        self.rows = features - self.centre
+
+    @cached_property
+    def scatter(self) -> Tensor:
+        """(D, D)."""
+        return self.rows.T @ self.rows
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,7 @@ class Ridge:
     left_out: Tensor  # (N, C): what the fit to all other samples predicts for each
 
 
-def ridge(features: Tensor, labels: Tensor, classes: int, task: Task = "classification") -> LinearHead:
+def ridge(features: Tensor | Centred, labels: Tensor, classes: int, task: Task = "classification") -> LinearHead:
     """Ridge regression of class indicators on (N, D) features, for (N,) labels below `classes`; or of (N, C) labels of 0 and 1, or of
     numbers, as `task` says.
 
@@ -52,20 +68,20 @@ def ridge(features: Tensor, labels: Tensor, classes: int, task: Task = "classifi
     middle = 0.5 if task == "multilabel" else 0.0  # where an indicator's logit is 0; classes are only told apart
     candidates = (
         (float(mean_loss(scale * (fit.left_out - middle), labels, task, 0.0, None)), scale, fit)
-        for fit in ridge_path(features.double(), targets, PENALTIES)
+        for fit in ridge_path(_centred(features), targets, PENALTIES)
         for scale in (SCALES if task != "regression" else (1.0,))
     )
     _, scale, best = min(candidates, key=lambda candidate: candidate[0])
     return LinearHead(scale * best.weight, scale * (best.bias - middle), best.strength)
 
 
-def ridge_path(inputs: Tensor, targets: Tensor, strengths: Iterable[float]) -> Iterator[Ridge]:
+def ridge_path(given: Centred, targets: Tensor, strengths: Sequence[float]) -> Iterator[Ridge]:
     """Ridge regressions of (N, C) targets on (N, D) inputs, one per penalty (given in mean eigenvalues of the scatter),
-    from one eigendecomposition of the smaller Gram matrix; float64 in and out."""
-    centre, share = inputs.mean(dim=0), targets.mean(dim=0)
-    inputs, rest = inputs - centre, targets - share
+    from one eigendecomposition of the smaller Gram matrix; float64 in and out. Several at a time, which reads the inputs once."""
+    inputs, share = given.rows, targets.mean(dim=0)
+    rest = targets - share
     if len(inputs) >= inputs.shape[1]:
-        eigenvalues, basis = torch.linalg.eigh(inputs.T @ inputs)
+        eigenvalues, basis = torch.linalg.eigh(given.scatter)
         scores = dual = inputs @ basis
     else:
         eigenvalues, dual = torch.linalg.eigh(inputs @ inputs.T)
@@ -73,35 +89,41 @@ def ridge_path(inputs: Tensor, targets: Tensor, strengths: Iterable[float]) -> I
         scores = dual * eigenvalues
     projected, overlap = dual.T @ rest, scores * dual
     unit = float(eigenvalues.mean().clamp(min=1e-30))
-    for strength in strengths:
-        gain = 1 / (eigenvalues.clamp(min=0) + unit * strength)  # (K,)
-        solution = gain[:, None] * projected  # (K, C)
-        weight = (basis @ solution).T
-        leverage = overlap @ gain + 1 / len(inputs)
-        residual = rest - scores @ solution
-        left_out = targets - residual / (1 - leverage).clamp(min=1e-9)[:, None]
-        yield Ridge(strength, weight, share - weight @ centre, left_out)
+    together = max(1, COLUMNS // targets.shape[1])
+    for some in (strengths[start : start + together] for start in range(0, len(strengths), together)):
+        penalties = unit * torch.tensor(some, dtype=torch.float64)
+        gains = 1 / (eigenvalues.clamp(min=0)[:, None] + penalties)  # (K, S)
+        solutions = (gains[:, :, None] * projected[:, None]).flatten(1)  # (K, S C)
+        weights = (basis @ solutions).T.unflatten(0, (len(some), -1))  # (S, C, D)
+        residuals = rest[:, None] - (scores @ solutions).unflatten(1, (len(some), -1))  # (N, S, C)
+        leverages = overlap @ gains + 1 / len(inputs)  # (N, S)
+        left_out = targets[:, None] - residuals / (1 - leverages).clamp(min=1e-9)[..., None]
+        for number, strength in enumerate(some):
+            weight = weights[number]
+            yield Ridge(strength, weight, share - weight @ given.centre, left_out[:, number])
 
 
-def lda(features: Tensor, labels: Tensor, classes: int) -> LinearHead:
+def lda(features: Tensor | Centred, labels: Tensor, classes: int) -> LinearHead:
     """Linear discriminant analysis on (N, D) features, for (N,) labels below `classes`, each of which occurs.
 
     The covariance within classes is shrunk towards a multiple of the identity as far as Ledoit and Wolf (2004) have it,
     so that it has an inverse whatever N and D.
     """
-    centre = features.double().mean(dim=0)
-    features = features.double() - centre
-    counts = torch.bincount(labels, minlength=classes)
-    means = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, features) / counts[:, None]
-    residuals = features - means[labels]
-    covariance = residuals.T @ residuals / len(features)
-    strength = shrinkage(residuals, covariance)
+    given = _centred(features)
+    rows, counts = given.rows, torch.bincount(labels, minlength=classes)
+    means = rows.new_zeros(classes, rows.shape[1]).index_add_(0, labels, rows) / counts[:, None]
+    covariance = (given.scatter - means.T @ (counts[:, None] * means)) / len(rows)  # within classes
+    strength = shrinkage(rows - means[labels], covariance)
     unit = covariance.diagonal().mean().clamp(min=1e-30)
     shrunk = (1 - strength) * covariance
     shrunk.diagonal().add_(max(strength, 1e-9) * unit)
     weight = torch.linalg.solve(shrunk, means.T).T
-    bias = (counts / len(features)).log() - (weight * means).sum(dim=1) / 2 - weight @ centre
+    bias = (counts / len(rows)).log() - (weight * means).sum(dim=1) / 2 - weight @ given.centre
     return LinearHead(weight, bias, strength)
+
+
+def _centred(features: Tensor | Centred) -> Centred:
+    return features if isinstance(features, Centred) else Centred(features)
 
 
 def shrinkage(inputs: Tensor, covariance: Tensor) -> float:

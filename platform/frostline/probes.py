@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue] (it is documented)
 
-from frostline.closedform import LinearHead, lda, ridge
+from frostline.closedform import Centred, LinearHead, lda, ridge
 from frostline.data import Dataset, at_most, subset
 from frostline.features import Feed
 from frostline.metrics import scores
@@ -32,7 +32,7 @@ IMAGES = 4096
 """Of the train split at most: more change a head in closed form little, and its cost grows with them."""
 
 
-def methods(task: Task) -> dict[str, Callable[[Tensor, Tensor, int], LinearHead]]:
+def methods(task: Task) -> dict[str, Callable[[Tensor | Centred, Tensor, int], LinearHead]]:
     """The heads in closed form that a task has, by name: LDA tells classes apart that exclude each other."""
     own = {"ridge": partial(ridge, task=task)}
     return {**own, "lda": lda} if task == "classification" else own
@@ -46,12 +46,12 @@ def probe(question: Probe, feed: Feed, world: World) -> list[dict[str, Any]]:
     labels, truth, rows = torch.from_numpy(dataset.targets(train)), dataset.targets(val), []
     task, metric = dataset.target.task, spec.objective.metric
     for cut in question.cuts:
-        features = feed.means(origin, cut, origin.view(1), train, spec.features)
+        features = Centred(feed.means(origin, cut, origin.view(1), train, spec.features))
         shown = feed.means(origin, cut, None, val, spec.features)
         for method, fit in methods(task).items():
             started = time.perf_counter()
             row: dict[str, Any] = {"cut": cut, "stages": len(origin.backbone.stages), "method": method}
-            row |= {"features": features.shape[1], "n_train": len(train), "n_val": len(val)}
+            row |= {"features": shown.shape[1], "n_train": len(train), "n_val": len(val)}
             try:
                 head = fit(features, labels, len(dataset.classes))
                 found = scores(head(shown).numpy(), truth, metric, target=dataset.target)

@@ -64,6 +64,9 @@ def split(
     counts = Counter(label for each in held for label in each)
     room = _quotas(counts, shares)  # class -> samples still wanted, one number a split
     lacking = {label: set(range(len(wanted))) for label in counts}  # class -> splits that have none of it yet
+    weights = (
+        [1.0] * len(shares) if labels.ndim == 1 else shares
+    )  # of several classes, those with many go into every split
     placed = np.empty(len(units), np.int64)
     for unit in order:
         own = units[unit]
@@ -71,7 +74,8 @@ def split(
         urgent = [lacking[label] for label in own if lacking[label] and left[label] <= len(lacking[label])]
         among = set.intersection(*urgent) or set.union(*urgent) if urgent else range(len(wanted))
         into = max(
-            sorted(among), key=lambda s: sum(room[label][s] * n / counts[label] for label, n in sorted(own.items()))
+            sorted(among),
+            key=lambda s: sum(room[label][s] / weights[s] * n / counts[label] for label, n in sorted(own.items())),
         )
         placed[unit] = into
         for label, n in own.items():

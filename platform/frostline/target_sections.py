@@ -79,7 +79,9 @@ def labels(subject: Subject, winner: str, trial_ids: Sequence[str]) -> Section:
         for row in rows
     ]
     chart = _bars(rows)
-    caption = f"{len(trial_ids)} confirmations of {winner} together; a label is told where its probability is above one half."
+    caption = (
+        f"{len(trial_ids)} confirmations of {winner} together; a label is told where its probability is above one half."
+    )
     grid = Grid("labels, those told worst first", cells)
     return Section("mistakes", "Mistakes", figure(chart, "F1 of each label on test", caption, grid), [chart])
 
@@ -101,7 +103,9 @@ def _scatter(rows: list[dict[str, Any]], name: str) -> Chart:
         alt.Chart(alt.NamedData("line")).mark_line(color=LINE, strokeWidth=2).encode(x=x, y=y),
         alt.Chart(alt.NamedData("rows")).mark_point(size=18, filled=True, opacity=0.5).encode(x=x, y=y, tooltip=tips),
     )
-    return made("numbers", f"Predicted against true {name} of {len(rows)} test samples", 380, chart, rows=rows, line=line)
+    return made(
+        "numbers", f"Predicted against true {name} of {len(rows)} test samples", 380, chart, rows=rows, line=line
+    )
 
 
 def _bars(rows: list[dict[str, Any]]) -> Chart:

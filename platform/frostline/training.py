@@ -41,6 +41,8 @@ from frostline.targets import CLASSES, Target
 from frostline.world import ALONE, World, mixed
 
 REMEDY = "try a lower learning rate"
+VAL_BATCH = 32
+"""Samples of a pass that scores val."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -328,14 +330,14 @@ def predict(
 ) -> np.ndarray:
     """(n, outputs) of a model in eval mode, in the order of the samples: float32, or float64 where it computes in that.
 
-    Workers take batches in turn, the same ones whatever their number; where there is no batch left for some of them they pass
-    one for nothing, as a sharded network is called by all or by none. With `full_batches` the last one is `filled`, so that a
-    sample gives the same bits whatever others there are.
+    Workers take batches in turn, the same ones whatever their number, and small, so that shares are even; where there is none left for
+    some workers of a sharded network, they pass one for nothing, as it is called by all or by none. With `full_batches` they are of
+    EVAL_BATCH, the last one being `filled`, so that a sample gives the same bits whatever others there are.
     """
     model.eval()
-    parts = list(chunks(batches.samples, EVAL_BATCH))
+    parts = list(chunks(batches.samples, EVAL_BATCH if full_batches else VAL_BATCH))
     own = parts[world.rank :: world.workers]
-    idle = -(-len(parts) // world.workers) - len(own)
+    idle = -(-len(parts) // world.workers) - len(own) if world.sharded else 0
     with mixed(batches.labels.device, autocast):
         made = []
         for part in [*own, *parts[:idle]]:
