@@ -3,8 +3,9 @@
 All train the last two stages of timm/resnet18 (random weights) on 190 digits at 224 px, 179 for val, in batches of 64, on live
 images (computing bound: the 42 MB of gradients a step are little beside it), under AdamW, one thread a worker; `frostline train` on a local Ray, the script as two processes that gloo joins. Both
 score val after every epoch. What is compared is an epoch's time, as the first worker sees it, the mean without the first: starting is left out, and
-said as `start_s`. The ratio is one worker's epoch over two workers'; `script` is the script's epoch over ours on two workers. Both
-sides hold all that is frozen in eval mode; ours also audits, reports and keeps a checkpoint at most once a minute.
+said as `start_s`. The ratio is one worker's epoch over two workers', both on Ray; `loop` is the script's epoch over that of Frostline's
+loop in two such processes, without Ray, `script` that over Frostline's two workers on Ray, whose own dozen processes take some hundredths
+of two cores. All hold what is frozen in eval mode; ours also audits, reports and keeps a checkpoint at most once a minute.
 
     python benchmarks/workers.py [--rounds 3] [--quick]
 """
@@ -18,6 +19,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -32,9 +34,15 @@ from _measure import interleaved, ratios, say
 from frostline import results
 from frostline.backbone import load_backbone
 from frostline.data import load_data
+from frostline.features import Feed
 from frostline.jobfile import parse_job
+from frostline.outcome import EpochRecord
+from frostline.prepare import prepare
 from frostline.seeds import derive_seed
 from frostline.spec import Job
+from frostline.trial import run_trial
+from frostline.trialspec import Config, confirm_seeds, trial_of
+from frostline.world import World
 
 BATCH, DEPTH, EVAL = 64, 3, 32
 
@@ -69,20 +77,43 @@ def ours(job: Job) -> tuple[float, float]:
     return statistics.fmean(epochs[1:]), wall_s - sum(epochs)
 
 
-def script(job: Job) -> float:
-    """Seconds of an epoch of the plain script on two processes."""
+def joined(work: Callable[[int, Job], list[float]], job: Job) -> float:
+    """Seconds of an epoch of this work on two processes that gloo joins; it answers those of all epochs, given a rank."""
     with tempfile.TemporaryDirectory() as folder:
         context, pipes = multiprocessing.get_context("spawn"), []
         for rank in range(2):
             mine, other = context.Pipe()
-            context.Process(target=_plain, args=(other, folder, rank, job)).start()
+            context.Process(target=_join, args=(other, folder, rank, work, job)).start()
             pipes.append(mine)
-        return pipes[0].recv()
+        first, _ = [pipe.recv() for pipe in pipes]
+        return statistics.fmean(first[1:])
 
 
-def _plain(answer: Connection, folder: str, rank: int, job: Job) -> None:
+def _join(answer: Connection, folder: str, rank: int, work: Callable[[int, Job], list[float]], job: Job) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    answer.send(work(rank, job))
+    dist.destroy_process_group()
+
+
+def loop(rank: int, job: Job) -> list[float]:
+    """Frostline's own."""
+    job, (seed, seeds) = prepare(job).job, confirm_seeds(job, 0)
+    config = Config(freeze=job.freeze, head=job.head, train=job.train)
+    who = {"trial_id": "loop", "arm": "loop", "number": 0, "round": "search", "seed": seed}
+    seconds: list[float] = []
+
+    def report(record: EpochRecord) -> bool:
+        seconds.append(record.seconds)
+        return True
+
+    world = World.here(job.resources, rank=rank, workers=2)
+    run_trial(trial_of(job, config, seeds, **who), feed=Feed(), world=world, report=report)
+    return seconds
+
+
+def script(rank: int, job: Job) -> list[float]:
+    """The plain one."""
     backbone = load_backbone(job.backbone, image_size=job.data.image_size)
     dataset = load_data(job.data, derive_seed(job.seed, "split"))
     trunk = backbone.module
@@ -120,8 +151,7 @@ def _plain(answer: Connection, folder: str, rank: int, job: Job) -> None:
         gathered: list[torch.Tensor | None] = [None, None]
         dist.all_gather_object(gathered, logits)
         seconds.append(time.perf_counter() - started)
-    answer.send(statistics.fmean(seconds[1:]))
-    dist.destroy_process_group()
+    return seconds
 
 
 def main() -> None:
@@ -142,7 +172,8 @@ def main() -> None:
         {
             "one": lambda: trained(1),
             "two": lambda: trained(2),
-            "script": lambda: script(job_of(Path(), 2, quick=quick)),
+            "loop": lambda: joined(loop, job_of(Path(), 2, quick=quick)),
+            "script": lambda: joined(script, job_of(Path(), 2, quick=quick)),
         },
         rounds,
     )
@@ -152,6 +183,7 @@ def main() -> None:
             **ratios(seconds["two"], seconds["one"]),
             "rounds": rounds,
             "counts": {"epochs": job_of(Path(), 2, quick=quick).train.epochs},
+            "loop": ratios(seconds["loop"], seconds["script"]),
             "script": ratios(seconds["two"], seconds["script"]),
             "epoch_s": {name: statistics.median(each) for name, each in seconds.items()},
             "start_s": {str(workers): statistics.median(each) for workers, each in starts.items()},

@@ -149,7 +149,9 @@ def test_labels_that_are_no_numbers_are_listed_with_their_samples(tmp_path: Path
     rows = [*(f"rain {n},{n}" for n in range(12)), "salt,tall", "rose,inf"]
     content = "\n".join(["text,label", *rows, ""])
     spec = texts_with(tmp_path, "t.csv", content, task="regression")
-    with pytest.raises(DataError, match=r"(?s)2 problem\(s\).*2 x label.*t\.csv:12: label: 'tall' is no number") as told:
+    with pytest.raises(
+        DataError, match=r"(?s)2 problem\(s\).*2 x label.*t\.csv:12: label: 'tall' is no number"
+    ) as told:
         load_data(spec, 0)
     assert "t.csv:13: label: 'inf' is not finite" in str(told.value)
     kept = load_data(spec.model_copy(update={"on_bad": "exclude"}), 0)

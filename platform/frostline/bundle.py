@@ -91,10 +91,15 @@ class Bundle:
     tokenizer: Tokenizer | None
     """Its own, where it reads texts."""
 
-    @property
+    @cached_property
     def classes(self) -> tuple[str, ...]:
         """In the order of the logits; of a regression the name of its one number."""
         return tuple(self.about["labels"])
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Class -> its place among the logits."""
+        return {name: number for number, name in enumerate(self.classes)}
 
     @property
     def task(self) -> Task:

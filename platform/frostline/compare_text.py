@@ -156,10 +156,20 @@ def _grids(task: Task, metric: str) -> Iterator[Grid]:
     yield from filter(None, (budgets_grid(task), importance_grid(task), fronts_grid(task)))
 
 
+ALSO = {"accuracy": "accuracy", "nll": "nll", "ece": "calibration_error"}
+"""Scores that are shown beside the objective, where the task has them, and what an arm calls them."""
+
+
 def arms_grid(task: Task, metric: str) -> Grid | None:
     """The arms that are confirmed, on test; None where none is."""
     confirmed = [arm for arm in task.arms if arm.confirmations]
-    return Grid("Arms, on test", [_arm(arm, metric) for arm in confirmed]) if confirmed else None
+    found = [arm.finalist for arm in confirmed if arm.finalist and arm.finalist.test.n]
+    also = [
+        name
+        for name, column in ALSO.items()
+        if name != metric and (not found or any(getattr(each, column).n for each in found))
+    ]
+    return Grid("Arms, on test", [_arm(arm, metric, also) for arm in confirmed]) if confirmed else None
 
 
 def configs_grid(task: Task) -> Grid | None:
@@ -174,16 +184,14 @@ def importance_grid(task: Task) -> Grid:
     return Grid(title, [{"arm": arm.label, "importance": _importance(arm)} for arm in task.arms], prose=True)
 
 
-def _arm(arm: ArmResult, metric: str) -> dict[str, str]:
+def _arm(arm: ArmResult, metric: str, also: Sequence[str]) -> dict[str, str]:
     found = arm.finalist
     assert found
     return {
         "arm": arm.label,
         "seeds": str(found.test.n) + (f" ({found.failed} failed)" if found.failed else ""),
         f"{metric}, 95 % interval": _interval(found.test),
-        **({} if metric == "accuracy" else {"accuracy": _mean(found.accuracy)}),
-        **({} if metric == "nll" else {"nll": _mean(found.nll)}),
-        "ece": _mean(found.calibration_error),
+        **{name: _mean(getattr(found, ALSO[name])) for name in also},
         "alone s": _seconds(found.alone_s),
         "spent s": _seconds(found.spent_s),
         "peak MiB": "" if found.peak_mib is None else f"{found.peak_mib:,.0f}",

@@ -18,6 +18,7 @@ from frostline.files import DataError
 from frostline.images import DECODE_VERSION, decode, decode_grey
 from frostline.labels import labels_in, not_a_number
 from frostline.pixels import BYTES, Recipe, content_hashes, load_rows
+from frostline.shown import Shown
 from frostline.sources import Source, open_source
 from frostline.spec import Data, Task
 from frostline.splits import SPLITS, joined, occurring, split
@@ -37,8 +38,9 @@ _loaded: dict[tuple[Data, int], Dataset] = {}
 class Dataset:
     """N samples in the order of their source; arrays run parallel."""
 
-    inputs: np.ndarray
-    """(N, size, size, 3) uint8 RGB, or (N, size, 2) int32 ids and types of tokens; mapped read-only from the node's cache."""
+    inputs: np.ndarray | Shown
+    """(N, size, size, 3) uint8 RGB, or (N, size, 2) int32 ids and types of tokens; mapped read-only from the node's cache, or made anew
+    whenever they are shown."""
     labels: np.ndarray
     """(N,) int64: indices into `classes`. Of several labels (N, C) float32 of 0 and 1, of a regression (N, 1) float64."""
     names: tuple[str, ...]
@@ -167,8 +169,15 @@ def _load(spec: Data, split_seed: int, progress: Callable[[int, int], None] | No
     kept = usable(np.arange(len(source.sample_ids)), unreadable)
     contents = np.array([row.tobytes().hex() for row in hashes])
     kept = usable(kept, _crossing(source, kept, contents))
-    made = load_rows(source, kept, hashes, recipe_of(spec, source), progress)
+    if spec.decoded == "anew" and not source.separate:
+        raise DataError(
+            f'data.decoded = "anew" reads samples in any order, and {source.name} keeps many in a file: leave it out, or write each image '
+            "into a file of its own, in a folder"
+        )
+    recipe = recipe_of(spec, source)
+    made = load_rows(source, kept, hashes, recipe, progress, keep=spec.decoded == "kept")
     kept = usable(kept, made.bad)
+    inputs = Shown(source, kept, hashes[kept], recipe) if made.rows is None else made.rows
     if problems and spec.on_bad == "error":
         raise DataError(_listing(source.name, problems))
 
@@ -180,7 +189,7 @@ def _load(spec: Data, split_seed: int, progress: Callable[[int, int], None] | No
     sample_ids = tuple(source.sample_ids[i] for i in kept)
     rows = zip(sample_ids, names, groups or [None] * len(names), assigned.tolist(), strict=True)
     return Dataset(
-        inputs=made.rows,
+        inputs=inputs,
         labels=labels,
         names=tuple(names),
         sample_ids=sample_ids,

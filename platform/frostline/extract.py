@@ -163,6 +163,7 @@ def extract(shard: Shard, feed: Feed, world: World) -> dict[str, Any]:
         **{(cut, False): [] for cut in shard.cuts},
         **{(cut, True): [] for cut in shard.means},
     }
+    origin.expect(shard.samples)
     for samples in chunks(shard.samples, EVAL_BATCH):
         passed = feed.full_pass(origin, {cut for cut, _ in parts}, samples, shard.view)
         for (cut, mean), rows in parts.items():

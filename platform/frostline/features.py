@@ -22,6 +22,7 @@ from frostline.backbone import Backbone
 from frostline.closedform import pooled_width
 from frostline.cuts import Cut, cut_at, cuts_at, emit, widened
 from frostline.data import Dataset
+from frostline.shown import Shown
 from frostline.spec import Augment, Features
 from frostline.store import Store, key_of
 from frostline.versions import VERSIONED, versions
@@ -100,6 +101,11 @@ class Origin:
         if view is not None:
             rows = augmented(rows, samples, view, self.augment, self.augment_seed)
         return self.backbone.inputs.fed(rows, self.device)
+
+    def expect(self, samples: np.ndarray) -> None:
+        """These samples' inputs will be asked for next, in this order: where they are made anew, that may begin."""
+        if isinstance(self.dataset.inputs, Shown):
+            self.dataset.inputs.expect(samples)
 
     def view(self, epoch: int) -> int | None:
         """The view that an epoch shows; none in epoch 0."""

@@ -217,7 +217,9 @@ class _Batch(NamedTuple):
 
     features: Tensor  # (B, D)
     truth: Tensor  # (C, B): 1 at the class or the labels, else 0; or the numbers of a regression
-    weights: Tensor  # (B,) or (C, B): how much each sample's loss, or each label's, weighs where they are balanced
+    weights: (
+        Tensor | None
+    )  # (B,) or (C, B): how much each sample's loss, or each label's, weighs where they are balanced
     labels: Tensor  # (B, …)
     task: Task
 
@@ -232,12 +234,14 @@ def _train_epoch(
     totals = [torch.zeros(len(block.lanes), device=train.labels.device) for block in blocks]
     classes = blocks[0].stacks[-1]["value"].shape[1]
     task = train.target.task
-    weights = balance(train.labels, classes, task) if task != "regression" else train.labels.new_ones(1)
+    weights = balance(train.labels, classes, task) if task != "regression" else None
 
     def fetch(batch: np.ndarray) -> _Batch:
         features, labels = train.fetch(train.samples[batch], epoch), train.labels[batch]
         of_classes = task == "classification"
         truth = (functional.one_hot(labels, classes) if of_classes else labels).T.to(features.dtype).contiguous()
+        if weights is None:
+            return _Batch(features, truth, None, labels, task)
         weigh = weights[labels] if of_classes else label_weights(labels, weights).T
         return _Batch(features, truth, weigh.to(features.dtype), labels, task)
 

@@ -14,7 +14,7 @@ BUNDLE = "bundle/"
 """Before the folder of a bundle, as a backbone's name."""
 IMAGE_NAMES = ("efficientnet-lite0", "timm/", "torchvision/", "python:")
 
-OF_IMAGES = ("image_column", "image_size", "fit", "max_megapixels")
+OF_IMAGES = ("image_column", "image_size", "fit", "max_megapixels", "decoded")
 OF_TEXTS = ("text_column", "pair_column", "max_tokens", "tokenizer")
 """Keys of [data] that only one modality has."""
 

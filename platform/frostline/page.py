@@ -15,8 +15,10 @@ from typing import Any
 import altair
 import vl_convert
 
+from frostline.cache import entry, publish
 from frostline.compare_text import Grid
 from frostline.encodings import CONFIG, Chart
+from frostline.files import DataError
 from frostline.text import plain
 
 ROWS = 200
@@ -152,10 +154,17 @@ def _asset(name: str) -> str:
 
 @functools.cache
 def _bundle() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script, of the version that Altair writes for. Its first call starts V8: about a
-    second."""
+    """Vega, Vega-Lite and Vega-Embed as one script, of the version that Altair writes for. To put it together takes more than a second,
+    so that this machine keeps it, where it can keep anything."""
     version = altair.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
-    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
+    make = functools.partial(vl_convert.javascript_bundle, "window.vegaEmbed = vegaEmbed;", vl_version=version)
+    try:
+        with entry("vega", f"{version}-{vl_convert.__version__}") as (folder, lock), lock():
+            if not (path := folder / "bundle.js").is_file():
+                publish(path, lambda file: file.write(make().encode()))
+            script = path.read_text(encoding="utf-8")
+    except DataError:
+        script = make()
     assert "</script" not in script.lower()
     assert "<!--" not in script
     return script

@@ -93,9 +93,9 @@ def label_in(bundle: Bundle, name: str | None) -> Any:
     if bundle.task == "regression":
         return None if not_a_number(name) else float(name)
     if bundle.task == "classification":
-        return name if name in bundle.classes else None
-    labels = sorted(set(labels_in(name, bundle.spec.data.label_separator)))
-    return labels if set(labels) <= set(bundle.classes) else None
+        return name if name in bundle.numbers else None
+    labels = sorted({*labels_in(name, bundle.spec.data.label_separator)})
+    return labels if bundle.numbers.keys() >= {*labels} else None
 
 
 def parts_of(samples: Sequence[int], row_bytes: int) -> list[Sequence[int]]:
@@ -200,22 +200,20 @@ def _losses(bundle: Bundle, logits: np.ndarray, labels: Sequence[Any]) -> list[f
     if bundle.task == "regression":
         found = np.square(wide[:, 0] - [labels[row] for row in known])
     elif bundle.task == "multilabel":
-        found = losses_of_sets(wide, indicators([labels[row] for row in known], bundle.classes))
+        found = losses_of_sets(wide, indicators(bundle, [labels[row] for row in known]))
     else:
-        number_of = {name: number for number, name in enumerate(bundle.classes)}
-        own = [number_of[labels[row]] for row in known]
+        own = np.array([bundle.numbers[labels[row]] for row in known], np.int64)
         top = wide.max(axis=1, initial=-np.inf)
         whole = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
-        found = whole - wide[range(len(known)), own]
+        found = whole - wide[np.arange(len(known)), own]
     for row, loss in zip(known, found.tolist(), strict=True):
         losses[row] = loss
     return losses
 
 
-def indicators(labels: Sequence[Iterable[str]], classes: Sequence[str]) -> np.ndarray:
+def indicators(bundle: Bundle, labels: Sequence[Iterable[str]]) -> np.ndarray:
     """(N, C) bool: which of the classes each sample has."""
-    number_of = {name: number for number, name in enumerate(classes)}
-    found = np.zeros((len(labels), len(classes)), bool)
+    found = np.zeros((len(labels), len(bundle.classes)), bool)
     for row, names in zip(found, labels, strict=True):
-        row[[number_of[name] for name in names]] = True
+        row[[bundle.numbers[name] for name in names]] = True
     return found

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -51,8 +51,8 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    rows: np.ndarray
-    """(N, *shape), mapped read-only: the readable ones of the samples asked for, in their order."""
+    rows: np.ndarray | None
+    """(N, *shape), mapped read-only: the readable ones of the samples asked for, in their order; None where they are not kept."""
     bad: dict[int, str]
     """Position among the samples asked for -> why it has no row."""
     key: str
@@ -90,22 +90,27 @@ def load_rows(
     hashes: np.ndarray,
     recipe: Recipe,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    keep: bool = True,
 ) -> Rows:
     """The rows of the samples `indices` (sorted) of `source`, whose content hashes to `hashes`, (N, 32) for all its samples.
 
-    Made in threads by the first process that asks, `progress(done, total)` being called in the caller's thread.
+    Made in threads by the first process that asks, `progress(done, total)` being called in the caller's thread. Unless they are to be
+    kept, all are made once, to know which cannot be.
     Raises DataError when a sample's content is not what was hashed, or the storage of the data or of the cache fails.
     """
     contents = hashlib.sha256(hashes[indices].tobytes()).hexdigest()
     key = digest([contents, *recipe.key])
     with entry(recipe.name, key) as (folder, lock):
-        found = _opened(folder, key, len(indices), recipe)
+        found = _opened(folder, key, len(indices), recipe, keep)
         if found is None:
             with lock():
-                found = _opened(folder, key, len(indices), recipe)
+                found = _opened(folder, key, len(indices), recipe, keep)
                 if found is None:
-                    _build(folder, source, indices, hashes, recipe, progress)
-                    found = _opened(folder, key, len(indices), recipe)
+                    made = _made(source, indices, hashes, recipe, progress)
+                    bad = _build(folder, len(indices), recipe, made) if keep else _bad(made)
+                    publish(folder / "bad.json", lambda file: file.write(json.dumps(list(bad.items())).encode()))
+                    found = _opened(folder, key, len(indices), recipe, keep)
                     assert found is not None, folder
         return found
 
@@ -141,15 +146,33 @@ def _to_row(item: tuple[Reader, bytes], make: Callable[[bytes], np.ndarray]) -> 
         return error
 
 
-def _build(
-    folder: Path,
+def _made(
     source: Source,
     indices: np.ndarray,
     hashes: np.ndarray,
     recipe: Recipe,
     progress: Callable[[int, int], None] | None,
-) -> None:
-    total = len(indices)
+) -> Iterator[np.ndarray | BadSample]:
+    """The row of each sample, or why there is none."""
+    expected = (hashes[i].tobytes() for i in indices)
+    items = zip(source.read(indices.tolist()), expected, strict=True)
+    for position, row in enumerate(in_threads(partial(_to_row, make=recipe.make), items)):
+        if row is None:
+            raise DataError(
+                f"{source.name}: {source.sample_ids[indices[position]]} changed while it was being read; "
+                f"start again once the data is at rest"
+            )
+        yield row
+        if progress is not None:
+            progress(position + 1, len(indices))
+
+
+def _bad(made: Iterable[np.ndarray | BadSample]) -> dict[int, str]:
+    return {position: str(row) for position, row in enumerate(made) if isinstance(row, BadSample)}
+
+
+def _build(folder: Path, total: int, recipe: Recipe, made: Iterable[np.ndarray | BadSample]) -> dict[int, str]:
+    """Keep the rows; answers those that there are none of."""
     bad: dict[int, str] = {}
 
     def fill(file: BinaryIO) -> None:
@@ -157,38 +180,29 @@ def _build(
         described = {"descr": np.lib.format.dtype_to_descr(recipe.dtype), "fortran_order": False}
         header({**described, "shape": (total, *recipe.shape)})
         start = file.tell()
-        expected = (hashes[i].tobytes() for i in indices)
-        items = zip(source.read(indices.tolist()), expected, strict=True)
-        for position, row in enumerate(in_threads(partial(_to_row, make=recipe.make), items)):
-            if row is None:
-                raise DataError(
-                    f"{source.name}: {source.sample_ids[indices[position]]} changed while it was being read; "
-                    f"start again once the data is at rest"
-                )
+        for position, row in enumerate(made):
             if isinstance(row, BadSample):
                 bad[position] = str(row)
             else:
                 assert (row.shape, row.dtype) == (recipe.shape, recipe.dtype), (row.shape, row.dtype)
                 file.write(row.tobytes())
-            if progress is not None:
-                progress(position + 1, total)
         if bad:  # NumPy pads headers so that the first dimension can be written anew
             file.seek(0)
             header({**described, "shape": (total - len(bad), *recipe.shape)})
             assert file.tell() == start
 
     publish(folder / f"{recipe.name}.npy", fill)
-    publish(folder / "bad.json", lambda file: file.write(json.dumps(list(bad.items())).encode()))
+    return bad
 
 
-def _opened(folder: Path, key: str, total: int, recipe: Recipe) -> Rows | None:
+def _opened(folder: Path, key: str, total: int, recipe: Recipe, keep: bool) -> Rows | None:
     """What was published, or None when that is nothing, or not of the right shape and length."""
     try:
         bad = {int(position): str(reason) for position, reason in json.loads((folder / "bad.json").read_text())}
     except (FileNotFoundError, ValueError, TypeError):
         return None
     rows = _mapped(folder / f"{recipe.name}.npy", (total - len(bad), *recipe.shape), recipe.dtype)
-    return None if rows is None else Rows(rows, bad, key)
+    return None if rows is None and keep else Rows(rows, bad, key)
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype = BYTES) -> np.ndarray | None:

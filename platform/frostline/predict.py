@@ -296,9 +296,8 @@ def _countable(labels: Sequence[Any], bundle: Bundle) -> np.ndarray:
     if bundle.task == "regression":
         return np.array(labels, np.float64)
     if bundle.task == "multilabel":
-        return indicators(labels, bundle.classes)
-    number_of = {name: label for label, name in enumerate(bundle.classes)}
-    return np.array([number_of[name] for name in labels], np.int64)
+        return indicators(bundle, labels)
+    return np.array([bundle.numbers[name] for name in labels], np.int64)
 
 
 def _scored(bundle: Bundle, truth: np.ndarray, predicted: np.ndarray, losses: np.ndarray) -> dict[Metric, float]:

@@ -268,7 +268,7 @@ def heads(subject: Subject) -> Section:
             "head": row["method"],
             "features": f"{row['features']:,}",
             subject.metric: decimals(row["val_score"]),
-            "nll": decimals(row["val_nll"]),
+            **({"nll": decimals(row["val_nll"])} if row["val_nll"] is not None else {}),
             "s": decimals(row["seconds"]),
         }
         for row in sorted(rows, key=lambda row: (row["cut"], row["method"]))

@@ -69,6 +69,8 @@ class Source:
     """The latest modification behind the stamp, nanoseconds since 1970."""
     grey_shape: tuple[int, int] | None = None
     """(height, width) where the raw content is grey pixels, a byte each; None where it is an encoded image."""
+    separate: bool = False
+    """Whether each sample is a file of its own, so that they are read in any order at the same cost."""
     classes: tuple[str, ...] | None = None
     """The classes in their own order, where they have one."""
 
@@ -174,6 +176,7 @@ def _folder(place: Place, tree: Tree, labelled: bool) -> Source:
         sample_ids=samples,
         names=[part[depth] if len(part) > depth + 1 else None for part in parts],
         read=lambda indices: (partial(read_bytes, root / samples[i]) for i in indices),
+        separate=True,
         splits=[SPLIT_NAMES[part[0].lower()] for part in parts] if in_splits else None,
         problems=tuple(problems),
         stamp=stamp,

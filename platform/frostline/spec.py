@@ -84,6 +84,9 @@ class Data(Frozen):
     """Side of the square input in pixels; the backbone's own when not given."""
     fit: Literal["crop", "squash"] = "crop"
     """How an image becomes square: cut its centre out after scaling the short side, or scale both sides."""
+    decoded: Literal["kept", "anew"] = "kept"
+    """Images only: each node keeps the pixels of all images once they are decoded (size x size x 3 bytes each), or decodes an image `anew`
+    whenever it is shown, ahead in threads, for sets that no disk holds."""
     val: float = Field(default=0.15, gt=0, lt=1)
     """Share of the samples for validation, where the data does not come with a val split."""
     test: float = Field(default=0.15, gt=0, lt=1)

@@ -64,15 +64,16 @@ SHAPES = ("bar", "disc", "frame")
 
 
 def target_table(path: Path, task: Task, count: int = 60, side: int = 24) -> Path:
-    """Write a Parquet table of noisy PNG images: with `multilabel` of any of SHAPES, with `regression` of a disc, the label being how far
-    right it is in pixels."""
+    """Write a Parquet table of noisy PNG images: with `multilabel` of any of SHAPES, with `regression` of a disc, the label being its
+    radius in pixels."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:side, :side]
     edges = np.minimum(np.minimum(rows, columns), side - 1 - np.maximum(rows, columns))
     images, labels = [], []
     for number in range(count):
-        x, y = rng.uniform(0.2 * side, 0.8 * side, 2)
-        disc = (columns - x) ** 2 + (rows - y) ** 2 < (side / 6) ** 2
+        x, y = rng.uniform(0.3 * side, 0.7 * side, 2)
+        radius = rng.uniform(2, side / 3) if task == "regression" else side / 6
+        disc = (columns - x) ** 2 + (rows - y) ** 2 < radius**2
         masks = {"bar": abs(rows - y) < 2, "disc": disc, "frame": edges < 2}
         shown = ["disc"] if task == "regression" else [s for bit, s in enumerate(SHAPES) if number >> bit & 1]
         pixels = rng.integers(0, 60, (side, side, 3))
@@ -81,7 +82,7 @@ def target_table(path: Path, task: Task, count: int = 60, side: int = 24) -> Pat
         file = BytesIO()
         Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
         images.append(file.getvalue())
-        labels.append(float(x) if task == "regression" else shown)
+        labels.append(float(radius) if task == "regression" else shown)
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"image": images, "label": labels}), path)
     return path

@@ -57,6 +57,8 @@ class Batches:
     samples: np.ndarray  # (n,) int64 sample numbers
     labels: Tensor  # (n, …) as `Dataset.targets` has them, on the device
     target: Target = CLASSES
+    expect: Callable[[np.ndarray], None] = lambda _: None
+    """Is told what will be fetched next, sample numbers in their order."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ class Training:
         torch.manual_seed(derive_seed(self.seeding.dropout, "backbone", epoch, self.world.rank))
         train_mode(self.network, applied)
         losses = torch.zeros((), device=train.labels.device)
-        batches = chunks(self.order.permutation(len(train.samples)), config.batch_size)
+        batches = list(chunks(self.order.permutation(len(train.samples)), config.batch_size))
+        train.expect(train.samples[np.concatenate([batch[share(self.world, len(batch))] for batch in batches])])
         for step, batch in enumerate(batches, (epoch - 1) * self.per_epoch):
             if step % self.per_epoch:
                 yield None
@@ -338,6 +341,7 @@ def predict(
     parts = list(chunks(batches.samples, EVAL_BATCH if full_batches else VAL_BATCH))
     own = parts[world.rank :: world.workers]
     idle = -(-len(parts) // world.workers) - len(own) if world.sharded else 0
+    batches.expect(np.concatenate([batches.samples[:0], *own]))
     with mixed(batches.labels.device, autocast):
         made = []
         for part in [*own, *parts[:idle]]:
@@ -366,6 +370,7 @@ def recalibrate(network: Network, applied: Applied, train: Batches, seed: int) -
         layer.momentum = None
         layer.training = True
     order = np.random.default_rng(seed).permutation(train.samples)
+    train.expect(order)
     for part in np.array_split(order, -(-len(order) // EVAL_BATCH)):
         network(train.fetch(part, 1))
     for layer, momentum in zip(layers, momenta, strict=True):

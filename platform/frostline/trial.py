@@ -92,10 +92,11 @@ def trial_steps(
     feed_in(network.backbone, plan, origin, cached=spec.cached)
 
     def batches(samples: np.ndarray) -> Batches:
-        read = feed.inputs(origin)
+        targets = torch.from_numpy(dataset.targets(samples)).to(world.device)
         if spec.cached:
             read = feed.activations(origin, plan.cut, samples, spec.features, mean=plan.only_head)
-        return Batches(read, samples, torch.from_numpy(dataset.targets(samples)).to(world.device), dataset.target)
+            return Batches(read, samples, targets, dataset.target)
+        return Batches(feed.inputs(origin), samples, targets, dataset.target, origin.expect)
 
     train = batches(subset(dataset, spec.data.per_class, spec.seeds.subset))
     val = batches(dataset.indices("val"))
