@@ -33,7 +33,10 @@ def scores(logits: np.ndarray, labels: np.ndarray, *also: Metric, target: Target
         logits, labels = target.in_units(logits), target.in_units(labels)
         found = scores_of_numbers(labels[:, 0], logits[:, 0])
     further = _FURTHER[target.task]
-    return found | {name: further[name](logits, labels) for name in also if name in further}
+    for name in also:
+        if name in further:
+            found[name] = further[name](logits, labels)
+    return found
 
 
 def scores_of(labels: np.ndarray, predicted: np.ndarray, losses: np.ndarray, classes: int) -> dict[Metric, float]:

@@ -9,6 +9,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def _bundle() -> str:
     version = altair.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
     make = functools.partial(vl_convert.javascript_bundle, "window.vegaEmbed = vegaEmbed;", vl_version=version)
     try:
-        with entry("vega", f"{version}-{vl_convert.__version__}") as (folder, lock), lock():
+        with entry("vega", f"{version}-{metadata.version('vl-convert-python')}") as (folder, lock), lock():
             if not (path := folder / "bundle.js").is_file():
                 publish(path, lambda file: file.write(make().encode()))
             script = path.read_text(encoding="utf-8")

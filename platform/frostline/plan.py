@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.filesize import decimal
@@ -103,6 +104,7 @@ def _inputs(prepared: Prepared) -> str:
     dataset, inputs = prepared.dataset, prepared.backbone.inputs
     if isinstance(inputs, Images):
         return f"images of {dataset.size} x {dataset.size} pixels"
+    assert isinstance(dataset.inputs, np.ndarray), "tokens are kept"
     full = float((dataset.inputs[:, -1, 0] != inputs.pad).mean())
     cut = f"; {full:.1%} of them have as many or more, and lose what is beyond" if full else ", which none reaches"
     return f"texts of up to {dataset.size} tokens{cut}"
