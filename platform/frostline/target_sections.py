@@ -116,7 +116,7 @@ def _bars(rows: list[dict[str, Any]]) -> Chart:
         alt.Chart(alt.NamedData("rows"))
         .mark_bar(cornerRadiusEnd=2)
         .encode(
-            x=alt.X("f1:Q", title="F1 on test", scale=alt.Scale(domain=[0, 1])),
+            x=alt.X("f1:Q", title="F1 on test", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=5)),
             y=alt.Y("label:N", sort=order, title=None, axis=axis),
             tooltip=tips,
         )
