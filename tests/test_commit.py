@@ -24,12 +24,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from frostline import commit
 from frostline.commit import (
-    VERSION,
     CommitConflict,
     DamagedFile,
     Lease,
     StudyBusy,
-    UnknownSchema,
     UnusableRoot,
     clean,
     commit_part,
@@ -43,6 +41,7 @@ from frostline.commit import (
     write_file,
     write_table,
 )
+from frostline.sealed import VERSION, UnknownSchema
 
 SCHEMA = pa.schema({"id": pa.int64(), "text": pa.string(), "values": pa.list_(pa.float32())}, {VERSION: b"1"})
 RECORD = "trials"
@@ -398,7 +397,8 @@ RACER = """
 import sys, time
 from pathlib import Path
 import pyarrow as pa
-from frostline.commit import VERSION, CommitConflict, commit_part
+from frostline.commit import CommitConflict, commit_part
+from frostline.sealed import VERSION
 study, me = Path(sys.argv[1]), int(sys.argv[2])
 schema = pa.schema({"id": pa.int64(), "text": pa.string(), "values": pa.list_(pa.float32())}, {VERSION: b"1"})
 one = pa.Table.from_pylist([{"id": me}], schema)

@@ -148,3 +148,11 @@ def test_damaged_files_are_data_errors(tmp_path):
     (tmp_path / "t.parquet").write_bytes(whole[:5000])
     with pytest.raises(DataError, match=r"cannot read .*t\.parquet: "):
         open_table(place, spec())
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_names_that_are_no_utf8_are_damage(tmp_path, column):
+    columns = {"image": pa.array(["a.png"]), "label": pa.array(["x"])}
+    columns[column] = pa.array([b"\xff.png"]).view(pa.string())
+    with pytest.raises(DataError, match=r"cannot read .*t\.parquet: .*UTF8"):
+        open_table(written(tmp_path, columns), spec())

@@ -14,11 +14,11 @@ import pyarrow as pa
 import torch
 
 from frostline.bundle import Bundle
-from frostline.commit import VERSION
 from frostline.features import EVAL_BATCH
 from frostline.metrics import probabilities
 from frostline.pixels import Recipe, in_threads
 from frostline.samples import BadSample
+from frostline.sealed import VERSION
 from frostline.sources import Reader, Source
 
 SCHEMA = b"1"
