@@ -24,6 +24,7 @@ EQUAL = {
     "head_search",
     "live_augmentation",
     "predict",
+    "reliability",
     "serving",
     "store",
     "time_to_score",
@@ -56,6 +57,9 @@ def exact(line: dict[str, Any]) -> None:
             assert counts == {"trials": 8, "passes_together": 299, "passes_one_by_one": 8 * 2 * (60 + 179)}
         case "serving":
             assert counts == {"requests": 200, "connections": 32}
+        case "reliability":
+            assert counts["trials"] == 64
+            assert counts["fsyncs"] > counts["commits"] > 0
         case "overhead":
             assert (counts["trials"], counts["theirs_trials"]) == (300, 30)
 

@@ -57,7 +57,9 @@ def candidate(name: str, inner: list[float | None], val: list[float], **more: An
 
 def probed(*candidates: Candidate, **more: Any) -> Probed:
     raw = {"name": "job", "metric": "accuracy", "mode": "max", "n_train": N, "n_val": 100, "classes": 10, "folds": 5}
-    return Probed(**{**raw, "task": "classification", "inputs": "images", "no_folds": None, "candidates": candidates, **more})
+    return Probed(
+        **{**raw, "task": "classification", "inputs": "images", "no_folds": None, "candidates": candidates, **more}
+    )
 
 
 def words(lines: Any) -> str:

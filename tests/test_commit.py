@@ -24,12 +24,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from frostline import commit
 from frostline.commit import (
-    VERSION,
     CommitConflict,
     DamagedFile,
     Lease,
     StudyBusy,
-    UnknownSchema,
     UnusableRoot,
     clean,
     commit_part,
@@ -43,6 +41,7 @@ from frostline.commit import (
     write_file,
     write_table,
 )
+from frostline.sealed import VERSION, UnknownSchema
 
 SCHEMA = pa.schema({"id": pa.int64(), "text": pa.string(), "values": pa.list_(pa.float32())}, {VERSION: b"1"})
 RECORD = "trials"
@@ -386,9 +385,14 @@ def test_versions_and_columns_are_checked(tmp_path: Path) -> None:
     write_table(tmp_path / "t.parquet", newer)
     with pytest.raises(UnknownSchema, match=r"t\.parquet: written with schema 2, and this Frostline reads schema 1"):
         load_table(tmp_path / "t.parquet", SCHEMA)
-    write_table(tmp_path / "t.parquet", rows(1).drop_columns(["text"]))
+    write_table(tmp_path / "t.parquet", rows(1).append_column("more", pa.array([1])))
     with pytest.raises(UnknownSchema, match="its columns are not those of schema 1"):
         load_table(tmp_path / "t.parquet", SCHEMA)
+    write_table(tmp_path / "t.parquet", rows(1).drop_columns(["text"]))
+    found = load_table(tmp_path / "t.parquet", SCHEMA)
+    assert found.schema.equals(SCHEMA, check_metadata=True)
+    assert found["text"].to_pylist() == [None], "a column that came later is null in rows from before"
+    assert found["id"].to_pylist() == rows(1)["id"].to_pylist()
     pq.write_table(rows(1), tmp_path / "t.parquet")
     with pytest.raises(DamagedFile, match=r"t\.parquet is not what was written\. Put it back from a copy$"):
         load_table(tmp_path / "t.parquet", SCHEMA)
@@ -398,7 +402,8 @@ RACER = """
 import sys, time
 from pathlib import Path
 import pyarrow as pa
-from frostline.commit import VERSION, CommitConflict, commit_part
+from frostline.commit import CommitConflict, commit_part
+from frostline.sealed import VERSION
 study, me = Path(sys.argv[1]), int(sys.argv[2])
 schema = pa.schema({"id": pa.int64(), "text": pa.string(), "values": pa.list_(pa.float32())}, {VERSION: b"1"})
 one = pa.Table.from_pylist([{"id": me}], schema)

@@ -128,7 +128,7 @@ def test_a_wrong_column_names_the_nearest_and_all(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
-        ({"image": RAW, "label": [0.5, 1, 2]}, "column 'label' holds double; integers or strings are needed"),
+        ({"image": RAW, "label": [0.5, 1, 2]}, "column 'label' holds 0.5; integers or strings are needed"),
         ({"image": [1, 2, 3], "label": [0, 1, 2]}, "column 'image' holds int64; images are struct<bytes"),
         ({"image": [{"data": b"1"}] * 3, "label": [0, 1, 2]}, "column 'image' holds struct<data: binary>; images are"),
     ],
@@ -148,3 +148,11 @@ def test_damaged_files_are_data_errors(tmp_path):
     (tmp_path / "t.parquet").write_bytes(whole[:5000])
     with pytest.raises(DataError, match=r"cannot read .*t\.parquet: "):
         open_table(place, spec())
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_names_that_are_no_utf8_are_damage(tmp_path, column):
+    columns = {"image": pa.array(["a.png"]), "label": pa.array(["x"])}
+    columns[column] = pa.array([b"\xff.png"]).view(pa.string())
+    with pytest.raises(DataError, match=r"cannot read .*t\.parquet: .*UTF8"):
+        open_table(written(tmp_path, columns), spec())

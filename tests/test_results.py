@@ -18,7 +18,7 @@ from hypothesis import given
 from rich.console import Console
 
 from frostline import results
-from frostline.commit import VERSION, DamagedFile, UnknownSchema, UnusableRoot, commit_part, write_file
+from frostline.commit import DamagedFile, UnusableRoot, commit_part, write_file
 from frostline.results import (
     RECORD,
     SCHEMAS,
@@ -36,11 +36,12 @@ from frostline.results import (
     read_splits,
     read_trials,
     render,
-    render_table,
     table_of,
     to_json,
     write_splits,
 )
+from frostline.sealed import VERSION, UnknownSchema
+from frostline.text import render_table
 
 JOB = {"job": {"name": "digits", "objective": {"metric": "accuracy", "mode": "max"}}, "facts": {"classes": ["0", "1"]}}
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from frostline.commit import StudyBusy
 from frostline.costs import StageTimes, alone_seconds
 from frostline.depths import depth_of
 from frostline.finalists import Finished, best_of, choose_finalists
+from frostline.models import digest
 from frostline.outcome import EpochRecord, Outcome, summarise
 from frostline.propose import Proposer
 from frostline.rows import describe
@@ -627,6 +628,34 @@ def test_another_job_is_told_what_differs(study_folder: Path) -> None:
     with pytest.raises(StudyMismatchError, match="data_hash: was 'd', now 'other'"):
         open_study(toy_job(study_folder), {**FACTS, "data_hash": "other"})
     open_study(toy_job(study_folder)).close()
+
+
+def rewrite(study_folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the recorded job, as another version would have written it."""
+    record = results.read_job(study_folder)
+    change(record["job"])
+    (study_folder / "job.json").write_text(json.dumps({**record, "digest": digest(record)}))
+
+
+@pytest.mark.fault(48)
+def test_a_study_goes_on_where_a_later_version_has_keys_that_it_lacks(study_folder: Path) -> None:
+    study = open_study(toy_job(study_folder))
+    run_pack(study, study.ask())
+    study.close()
+    rewrite(
+        study_folder,
+        lambda job: [job["train"].pop("compile"), job.pop("augment"), job["arms"]["freeze"].pop("sampler")],
+    )
+    kept = trials(toy_job(study_folder))
+    study = open_study(toy_job(study_folder))
+    run_all(study)
+    study.close()
+    assert kept == trials(toy_job(study_folder))[: len(kept)]
+    with pytest.raises(StudyMismatchError, match=r"train\.compile: was False, now True\n[^:]*$"):
+        open_study(toy_job(study_folder, ["train.compile=true"]))
+    rewrite(study_folder, lambda job: job["train"].update(gone=1))
+    with pytest.raises(StudyMismatchError, match=r"train\.gone: was 1, now None"):
+        open_study(toy_job(study_folder))
 
 
 def test_where_activations_are_may_change_and_what_they_are_may_not(study_folder: Path) -> None:

@@ -18,7 +18,7 @@ from frostline import results
 from frostline.edges import at_the_edge
 from frostline.finalists import best_probe, choose_finalists, remember
 from frostline.models import digest
-from frostline.spec import Arm, Mode
+from frostline.spec import Arm, BackboneSpec, Confirm, Data, Mode, Objective, Search
 from frostline.stats import Interval, calibration_error, expected_best, mean_interval
 
 POINTS = 40
@@ -159,12 +159,14 @@ def read_study(path: str | Path) -> StudyResult:
     try:
         job, facts = record["job"], record["facts"]
         arms = {name: Arm.model_validate(raw) for name, raw in job["arms"].items()}
-        objective, per_class, backbone = job["objective"], job["data"]["per_class"], job["backbone"]["name"]
-        mode, stages = objective["mode"], len(facts["stages"])
-        task = (facts["data_hash"], facts["split_hash"], per_class)
-        about = {"name": job["name"], "data": job["data"]["path"], "metric": objective["metric"]}
-        seeds, hardware, searches = job["confirm"]["seeds"], facts["hardware"], job["search"]["trials"] > 0
-    except (KeyError, TypeError, ValueError) as error:
+        data, backbone = Data.model_validate(job["data"]), BackboneSpec.model_validate(job["backbone"]).name
+        objective, per_class = Objective.model_validate(job["objective"]), data.per_class
+        mode, stages = objective.mode or "max", len(facts["stages"])
+        task = (str(facts["data_hash"]), str(facts["split_hash"]), per_class)
+        about = {"name": str(job["name"]), "data": data.path, "metric": objective.metric}
+        seeds, hardware = Confirm.model_validate(job["confirm"]).seeds, str(facts["hardware"])
+        searches = Search.model_validate(job["search"]).trials > 0
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise results.foreign(Path(path) / "job.json", error, "compare") from None
     rows = _rows(results.read_trials(path).select(_COLUMNS))
     asked = results.read_asks(path).select(["trial_id", "params"]).to_pydict()

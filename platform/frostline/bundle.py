@@ -47,6 +47,14 @@ from frostline.weights import hash_tensors, read_weights
 from frostline.world import autocast_dtype, find_device, mixed
 
 FORMAT = 1
+_ABOUT = {
+    "spec": dict,
+    "labels": list,
+    "preprocessing": dict,
+    "weights_hash": str,
+    "stages_hash": str,
+    "versions": dict,
+}
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
 """An image: a local path or URI, encoded bytes, an opened image, or (H, W, 3) uint8 RGB pixels, (H, W) if grey."""
@@ -340,12 +348,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise BundleError(f"{folder} is not a bundle, or not as it was written: " + "; ".join(problems[:5]))
     try:
         about = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-        if about.get("format") != FORMAT:
-            raise BundleError(
-                f"{folder}: bundle format {about.get('format')!r}, and this version reads format {FORMAT}"
-            )
+        written = about.get("format") if isinstance(about, dict) else None
+        if written != FORMAT:
+            raise BundleError(f"{folder}: bundle format {written!r}, and this version reads format {FORMAT}")
+        if wrong := [key for key, kind in _ABOUT.items() if not isinstance(about.get(key), kind)]:
+            raise BundleError(f"{folder}: its bundle.json lacks {', '.join(wrong)}, or holds something else there")
+        TrialSpec.model_validate(about["spec"])
         return about, read_weights(folder / "model.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, BundleError):
             raise
         raise BundleError(f"{folder} is not a bundle: {error}") from error

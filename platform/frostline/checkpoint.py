@@ -84,13 +84,15 @@ def opened(checkpoint: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a checkpoint and what it says of the training, every byte of them verified. Raises CheckpointError."""
     try:
         tensors = safetensors.torch.load(checkpoint)
-        if tensors.pop("sha256").numpy().tobytes() != hash_tensors(tensors.items()).encode():
-            raise DamagedCheckpointError("the checkpoint is damaged: its checksum does not fit")
+        whole = tensors.pop("sha256").numpy().tobytes() == hash_tensors(tensors.items()).encode()
         about = json.loads(tensors.pop("about").numpy().tobytes())
-    except (SafetensorError, KeyError) as error:
+        written = about["format"]
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamagedCheckpointError(f"this is no checkpoint, or a damaged one: {error}") from error
-    if about["format"] != FORMAT:
-        raise CheckpointError(f"checkpoint format {about['format']!r}, and this version reads format {FORMAT}")
+    if not whole:
+        raise DamagedCheckpointError("the checkpoint is damaged: its checksum does not fit")
+    if written != FORMAT:
+        raise CheckpointError(f"checkpoint format {written!r}, and this version reads format {FORMAT}")
     return tensors, about
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import ValidationError
 
 from frostline import results
 from frostline.commit import DamagedFile, Lease, StudyBusy, committed_parts, write_file
@@ -50,7 +51,7 @@ def record_job(folder: Path, job: Job, facts: Mapping[str, Any], splits: pa.Tabl
     record = {"job": job.model_dump(mode="json", exclude=MAY_DIFFER), "facts": dict(facts)}
     if path.exists() and committed_parts(folder, results.RECORD):
         old = results.read_job(folder)
-        changed = differences(old["job"], record["job"])
+        changed = differences(completed(old["job"]), record["job"])
         if WEIGHTS in changed and not NAMED_WEIGHTS.intersection(changed[WEIGHTS]):
             del changed[WEIGHTS]  # two files; that they hold the same is held by weights_hash
         refused = {key: pair for key, pair in changed.items() if key not in MAY_GROW or pair[1] < pair[0]}
@@ -73,6 +74,15 @@ def record_job(folder: Path, job: Job, facts: Mapping[str, Any], splits: pa.Tabl
     read = json.loads(json.dumps(record))
     write_file(path, (json.dumps({**read, "digest": digest(read)}, indent=2) + "\n").encode())
     return record["facts"]
+
+
+def completed(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recorded job with the defaults of the keys that this version has and its own had not: a study goes on where nothing but
+    such a key is new. As it is where it is no job of this version."""
+    try:
+        return Job.model_validate(recorded).model_dump(mode="json", exclude=MAY_DIFFER)
+    except ValidationError:
+        return recorded
 
 
 def _has_splits(folder: Path) -> bool:

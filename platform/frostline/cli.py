@@ -27,7 +27,7 @@ from frostline.fixed import fixed_job
 from frostline.jobfile import load_job
 from frostline.reference import starter_job
 from frostline.spec import Job
-from frostline.text import complain, plain
+from frostline.text import complain, plain, render_table
 
 FORMATS = ("safetensors", "timm", "torchvision", "transformers", "torch-export", "onnx")
 TRACKERS = ("optuna", "tensorboard", "mlflow", "wandb")
@@ -414,7 +414,7 @@ def _probe(arguments: argparse.Namespace) -> int:
 def _results(arguments: argparse.Namespace) -> int:
     study = Path(arguments.study)
     if arguments.sql:
-        results.render_table(results.query(study, arguments.sql), _stdout())
+        render_table(results.query(study, arguments.sql), _stdout())
     elif arguments.json:
         print(json.dumps(results.to_json(study), indent=2, allow_nan=False))
     else:

@@ -18,12 +18,12 @@ import pyarrow as pa
 from rich.console import Console
 from rich.text import Text
 
-from frostline import localcluster, results
+from frostline import localcluster
 from frostline import submit as jobs_api
 from frostline.doctor import Finding, findings
 from frostline.jobfile import load_job
 from frostline.nodes import examine
-from frostline.text import duration, plain
+from frostline.text import duration, plain, render_table
 
 FAULTS = {
     "kill": (localcluster.kill, "kill all processes of a node, as a power cut would"),
@@ -81,7 +81,7 @@ def list_jobs(arguments: argparse.Namespace) -> int:
         "began": [datetime.fromtimestamp(began / 1000).strftime("%Y-%m-%d %H:%M") for began, _ in ms],
         "took": [duration((ended - began) / 1000) for began, ended in ms],
     }
-    results.render_table(pa.table(columns), Console(highlight=False))
+    render_table(pa.table(columns), Console(highlight=False))
     return 0
 
 
@@ -166,4 +166,4 @@ def _cluster_rows(there: localcluster.Cluster) -> list[dict[str, str | int]]:
 
 
 def _show_cluster(there: localcluster.Cluster) -> None:
-    results.render_table(pa.Table.from_pylist(_cluster_rows(there)), Console(highlight=False))
+    render_table(pa.Table.from_pylist(_cluster_rows(there)), Console(highlight=False))

@@ -29,17 +29,13 @@ from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-VERSION = b"frostline_schema"
-"""Key of a table's schema version in its Parquet metadata."""
+from frostline.sealed import PART, DamagedFile, damaged, metadata_of, rows_of, sealed, unsealed
 
 _COMMIT, _TABLES = b"frostline_commit", b"frostline_tables"
-_PART = re.compile(r"part-(\d{6,})\.parquet")
 # Not `.tmp-….parquet`: DuckDB's globs match hidden files.
 _TEMP = re.compile(r"\.tmp-(?P<name>.+)-(?P<token>[0-9a-f]{12})")
 _ASIDE = re.compile(r"\.old-(?P<name>.+)-frostline")
-_SEAL_BYTES = hashlib.sha256().digest_size
 
 
 class StudyBusy(RuntimeError):  # noqa: N818 (it names a state, and reads better so)
@@ -48,14 +44,6 @@ class StudyBusy(RuntimeError):  # noqa: N818 (it names a state, and reads better
 
 class CommitConflict(RuntimeError):  # noqa: N818 (it names a state, and reads better so)
     """Somebody else has committed this part; nothing of ours is visible."""
-
-
-class DamagedFile(RuntimeError):  # noqa: N818 (it names a state, and reads better so)
-    """A committed file is not what was written; the text names it and the remedy."""
-
-
-class UnknownSchema(ValueError):  # noqa: N818 (it names a state, and reads better so)
-    """A table of a schema version that this Frostline does not read."""
 
 
 class UnusableRoot(ValueError):  # noqa: N818 (it names a state, and reads better so)
@@ -167,7 +155,7 @@ def commit_part(study: Path, tables: Mapping[str, pa.Table], part: int) -> None:
             listed = {_TABLES: json.dumps(others).encode()} if name == record else {}
             metadata = {**(table.schema.metadata or {}), _COMMIT: token.encode(), **listed}
             _make_folder(finals[name].parent)
-            _write(_temp(finals[name], token), _sealed(table.replace_schema_metadata(metadata)))
+            _write(_temp(finals[name], token), sealed(table.replace_schema_metadata(metadata)))
             _sync_folder(finals[name].parent)
         _link(_temp(finals[record], token), finals[record])
     except OSError as error:
@@ -189,7 +177,7 @@ def committed_parts(study: Path, record: str) -> list[int]:
     """Numbers of the committed parts, ascending; none where the study has no record yet."""
     folder = study / record
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(match[1]) for match in map(_PART.fullmatch, names) if match)
+    return sorted(int(match[1]) for match in map(PART.fullmatch, names) if match)
 
 
 def next_part(study: Path, record: str) -> int:
@@ -215,28 +203,28 @@ def _read_part(study: Path, table: str, record: str, schema: pa.Schema, part: in
     if table not in listed:
         return None
     temp = _temp(final, commit)
-    file = _unsealed(final, _bytes(temp) or _bytes(final))
-    if _metadata(file).get(_COMMIT) != commit.encode():
-        raise _damaged(final, f"belongs to another commit than {head}")
-    return _rows(final, file, schema)
+    file = unsealed(final, _bytes(temp) or _bytes(final))
+    if metadata_of(file).get(_COMMIT) != commit.encode():
+        raise damaged(final, f"belongs to another commit than {head}")
+    return rows_of(final, file, schema)
 
 
 def commit_of(head: Path) -> tuple[str, list[str]]:
     """The token of the commit of a record's part, and the tables that belong to it beside the record. Raises DamagedFile."""
-    metadata = _metadata(_unsealed(head, _bytes(head)))
+    metadata = metadata_of(unsealed(head, _bytes(head)))
     if _TABLES not in metadata:
-        raise _damaged(head, "is not the record of a commit")
+        raise damaged(head, "is not the record of a commit")
     return metadata[_COMMIT].decode(), json.loads(metadata[_TABLES])
 
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Put one table at `path`, durably, replacing what is there. Raises OSError: the old file is still there then."""
-    write_file(path, _sealed(table))
+    write_file(path, sealed(table))
 
 
 def load_table(path: Path, schema: pa.Schema) -> pa.Table:
     """The table that `write_table` or a commit put at `path`. Raises DamagedFile, UnknownSchema, OSError."""
-    return _rows(path, _unsealed(path, _bytes(path)), schema)
+    return rows_of(path, unsealed(path, _bytes(path)), schema)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -297,7 +285,7 @@ def verify_folder(path: Path) -> list[str]:
         sums = json.loads((path / "manifest.json").read_bytes())["files"]
         wanted = {name: (entry["size"], entry["sha256"]) for name, entry in sums.items()}
         present = {entry.name for entry in path.iterdir()} - {"manifest.json"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{path / 'manifest.json'}: cannot be read ({error!r})"]
     problems = [f"{path / name}: not in the manifest" for name in sorted(present - wanted.keys())]
     for name, (size, digest) in wanted.items():
@@ -333,9 +321,9 @@ def clean(study: Path) -> None:
 
 def _finish(temp: Path, final: Path, token: str) -> None:
     """Put a temporary file in place if a record names it, remove it if none does, leave it if that cannot be told."""
-    part = final.parent.parent.glob(f"*/{final.name}") if _PART.fullmatch(final.name) else ()
+    part = final.parent.parent.glob(f"*/{final.name}") if PART.fullmatch(final.name) else ()
     try:
-        found = [_metadata(_unsealed(path, _bytes(path))) for path in part]
+        found = [metadata_of(unsealed(path, _bytes(path))) for path in part]
     except DamagedFile:  # it may be the record
         return
     if any(m.get(_COMMIT) == token.encode() and final.parent.name in json.loads(m.get(_TABLES, b"[]")) for m in found):
@@ -376,54 +364,6 @@ def _busy(path: Path) -> str:
         f"{path.parent} is in use: {who}. Wait for it, {stop}, or give this run another name. "
         f"The hold ends when that process ends; deleting {path.name} does not end it"
     )
-
-
-def _sealed(table: pa.Table) -> bytes:
-    """A Parquet file with the SHA-256 of its bytes before the footer, where no reader looks: page checksums leave the
-    footer open, and one flipped bit of a row count there drops rows silently."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", use_dictionary=True, write_page_checksum=True)
-    raw = sink.getvalue().to_pybytes()
-    cut = _footer_start(raw)
-    return raw[:cut] + hashlib.sha256(raw).digest() + raw[cut:]
-
-
-def _unsealed(path: Path, data: bytes | None) -> pq.ParquetFile:
-    """The Parquet file of `data`, once its seal is verified. Raises DamagedFile."""
-    if data is None:
-        raise _damaged(path, "is missing")
-    cut = _footer_start(data)
-    seal = cut - _SEAL_BYTES
-    if seal < 0 or hashlib.sha256(data[:seal] + data[cut:]).digest() != data[seal:cut]:
-        raise _damaged(path, "is not what was written")
-    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-
-
-def _footer_start(data: bytes) -> int:
-    return len(data) - 8 - int.from_bytes(data[-8:-4], "little")
-
-
-def _rows(path: Path, file: pq.ParquetFile, schema: pa.Schema) -> pa.Table:
-    found = _metadata(file).get(VERSION, b"none").decode()
-    wanted = (schema.metadata or {}).get(VERSION, b"none").decode()
-    if found != wanted:
-        raise UnknownSchema(
-            f"{path}: written with schema {found}, and this Frostline reads schema {wanted}; use the one that wrote it"
-        )
-    there, rows = file.schema_arrow, file.read()
-    if not there.equals(pa.schema(field for field in schema if field.name in there.names)):
-        raise UnknownSchema(f"{path}: its columns are not those of schema {wanted}:\n{there.remove_metadata()}")
-    columns = [rows[f.name] if f.name in there.names else pa.nulls(len(rows), f.type) for f in schema]
-    return pa.table(columns, schema=schema)  # columns that came after the file are null
-
-
-def _metadata(file: pq.ParquetFile) -> dict[bytes, bytes]:
-    return file.schema_arrow.metadata or {}
-
-
-def _damaged(path: Path, what: str) -> DamagedFile:
-    remedy = f", or move every {path.name} of the study away: the same search then runs those trials again"
-    return DamagedFile(f"{path} {what}. Put it back from a copy{remedy if _PART.fullmatch(path.name) else ''}")
 
 
 def _token() -> str:

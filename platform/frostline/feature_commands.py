@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.text import Text
 
-from frostline import results
 from frostline.files import locate
 from frostline.store import Entry, Store
+from frostline.text import render_table
 
 
 def list_features(arguments: argparse.Namespace) -> int:
@@ -77,7 +77,7 @@ def _show_entries(entries: Sequence[Entry], name: str, damage: Mapping[str, Sequ
         columns["state"] = ["damaged" if damage[entry.key] else "intact" for entry in entries]
     console = Console(highlight=False)
     if entries:
-        results.render_table(pa.table(columns), console)
+        render_table(pa.table(columns), console)
     console.print(Text(f"{_counted(entries)} in {name}"), soft_wrap=True)
 
 

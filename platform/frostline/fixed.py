@@ -36,8 +36,8 @@ def best_job(study: str | Path, overrides: Sequence[str] = ()) -> Job:
 
     Raises what the readers in `results` raise, JobError, and ValueError where no trial has completed.
     """
-    record, trials = results.read_job(study), results.read_trials(study)
-    found = results.leaderboard(trials, record["job"]["objective"]["mode"])
+    job, trials = results.read_job(study)["job"], results.read_trials(study)
+    found = results.leaderboard(trials, results.objective_of(study, job)[1])
     ranked = [row["trial_id"] for row in found.finalists if row["n"]] or [row["trial_id"] for row in found.trials]
     if not ranked:
         raise ValueError(f"no trial of {study} has completed, so that there is no best one to train")
@@ -46,9 +46,9 @@ def best_job(study: str | Path, overrides: Sequence[str] = ()) -> Job:
         for row in trials.select(["trial_id", "finalist_of", "spec", "status"]).to_pylist()
         if row["status"] == "complete"
     }
-    config, name = specs[ranked[0]], f"{record['job']['name']}-best"[:64]
+    config, name = specs[ranked[0]], f"{job.get('name')}-best"[:64]
     shared = ("seed", "data", "backbone", "augment", "features", "objective", "resources")
-    raw = {key: record["job"][key] for key in shared} | {section: config[section] for section in SEARCHABLE}
+    raw = {key: job[key] for key in shared if key in job} | {section: config[section] for section in SEARCHABLE}
     raw |= {"name": name, "results": str(Path(study).absolute().parent / name)}
     return parse_job(_without_nulls(raw), overrides, source=f"the best configuration of {study}")
 

@@ -16,6 +16,7 @@ from frostline.files import DataError, Place, reaching
 _IMAGES = 0x00000803  # unsigned bytes, 3 dimensions
 _LABELS = 0x00000801  # unsigned bytes, 1 dimension
 _LARGEST_SIDE = 65536
+_PIECE = 1 << 24
 
 
 def image_dims(place: Place) -> tuple[int, int, int]:
@@ -50,11 +51,13 @@ def _image_header(stream: Any, place: Place) -> tuple[int, int, int]:
 
 
 def _body(stream: Any, size: int, place: Place) -> bytes:
-    body = stream.read(size)
+    body = bytearray()
+    while piece := stream.read(min(size - len(body), _PIECE)):  # a header may announce more than any memory holds
+        body += piece
     if len(body) != size or stream.read(1):
         has = "more" if len(body) == size else str(len(body))
         raise DataError(f"{place.name} is damaged: its header announces {size} bytes of content, it has {has}")
-    return body
+    return bytes(body)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from frostline.files import DataError, Place, nearest, reaching, read_bytes
+from frostline.footer import null_counts
 from frostline.images import BadImage
 from frostline.labels import label_text
 from frostline.spec import Data
@@ -77,7 +78,7 @@ def _group_cells(
     wanted = iter(rows)
     row, start = next(wanted, None), 0
     for batch in file.iter_batches(batch_size=_BATCH, row_groups=[group], columns=[column]):
-        values = batch.column(0)
+        values = checked(batch.column(0))
         while row is not None and row < start + len(values):
             yield _reader(values[row - start].as_py(), folder)
             row = next(wanted, None)
@@ -106,8 +107,14 @@ def _is_below(path: str) -> bool:
     return "://" not in path and not path.startswith("/") and ".." not in PurePosixPath(path).parts
 
 
+def checked(values: pa.Array | pa.ChunkedArray) -> Any:
+    """The same values, strings of which are UTF-8. Raises pa.ArrowInvalid: Python would say so without the file."""
+    values.validate(full=True)
+    return values
+
+
 def _texts(file: pq.ParquetFile, column: str, place: Place) -> list[str | None]:
-    values = file.read(columns=[column]).column(0)
+    values = checked(file.read(columns=[column]).column(0))
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     if not (pa.types.is_integer(kind) or is_text(kind)):
         raise DataError(f"{place.name}: column {column!r} holds {kind}; integers or strings are needed")
@@ -115,7 +122,7 @@ def _texts(file: pq.ParquetFile, column: str, place: Place) -> list[str | None]:
 
 
 def _labels(file: pq.ParquetFile, spec: Data, place: Place) -> list[str | None]:
-    values = file.read(columns=[spec.label_column]).column(0)
+    values = checked(file.read(columns=[spec.label_column]).column(0))
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     try:
@@ -143,8 +150,9 @@ def _paths(file: pq.ParquetFile, column: str, place: Place) -> list[str] | None:
             f"struct<bytes: binary, path: string>, binary, or strings (paths relative to the file's folder)"
         )
     if kind == "path":
-        return [path for path in file.read(columns=[column]).column(0).to_pylist() if path and _is_below(path)]
-    return [] if kind == "bytes" or _has_all_bytes(file, f"{column}.bytes") else None
+        paths = checked(file.read(columns=[column]).column(0)).to_pylist()
+        return [path for path in paths if path and _is_below(path)]
+    return [] if kind == "bytes" or _has_all_bytes(place, f"{column}.bytes") else None
 
 
 def _image_kind(kind: pa.DataType) -> Literal["bytes", "path", "struct"] | None:
@@ -164,14 +172,9 @@ def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
 
 
-def _has_all_bytes(file: pq.ParquetFile, leaf: str) -> bool:
+def _has_all_bytes(place: Place, leaf: str) -> bool:
     """Whether the file's statistics say that no row lacks embedded bytes."""
-    for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
-        chunk = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == leaf)
-        if chunk.statistics is None or not chunk.statistics.has_null_count or chunk.statistics.null_count:
-            return False
-    return True
+    return all(count == 0 for count in null_counts(place, leaf))
 
 
 @contextmanager

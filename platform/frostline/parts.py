@@ -15,12 +15,12 @@ import pyarrow as pa
 import torch
 
 from frostline.bundle import Bundle
-from frostline.commit import VERSION
 from frostline.features import EVAL_BATCH
 from frostline.labels import labels_in, not_a_number
 from frostline.metrics import losses_of_sets, probabilities, said_of
 from frostline.pixels import Recipe, in_threads
 from frostline.samples import BadSample
+from frostline.sealed import VERSION
 from frostline.sources import Reader, Source
 from frostline.spec import Task
 

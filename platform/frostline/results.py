@@ -22,10 +22,11 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from frostline.commit import VERSION, DamagedFile, committed_parts, load_table, local_folder, read_table, write_table
+from frostline.commit import DamagedFile, committed_parts, load_table, local_folder, read_table, write_table
 from frostline.failures import KINDS
 from frostline.models import digest
-from frostline.spec import Mode
+from frostline.sealed import VERSION
+from frostline.spec import Metric, Mode, Objective
 from frostline.text import count, duration, plain, print_whole, short
 
 _TYPES = {
@@ -162,7 +163,7 @@ class NotAStudyError(ValueError):
 
 def foreign(path: str | Path, error: Exception, todo: str) -> NotAStudyError:
     """What is to be said of a job.json in which a reader found this error."""
-    problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return NotAStudyError(
         f"{path} was not written by a search of this version of Frostline ({problem}); {todo} with the version that wrote it"
     )
@@ -252,13 +253,23 @@ def read_job(study: str | Path) -> dict[str, Any]:
     path = _folder(study) / "job.json"
     try:
         record = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path} is not what was written ({error}). Put it back from a copy") from None
-    if not isinstance(record, dict) or {*record} - {"digest"} != {"job", "facts"}:
+    known = isinstance(record, dict) and {*record} - {"digest"} == {"job", "facts"}
+    if not (known and isinstance(record["job"], dict) and isinstance(record["facts"], dict)):
         raise NotAStudyError(f"{path} was not written by Frostline: it holds no `job` and `facts`, or more")
     if record.pop("digest", None) not in (None, digest(record)):  # a study of an earlier version has none
         raise DamagedFile(f"{path} is not what was written. Put it back from a copy")
     return record
+
+
+def objective_of(study: str | Path, job: Mapping[str, Any]) -> tuple[Metric, Mode]:
+    """What a recorded job searches for, and which of two scores is better. Raises NotAStudyError."""
+    try:
+        objective = Objective.model_validate(job["objective"])
+    except (KeyError, ValueError) as error:
+        raise foreign(Path(study) / "job.json", error, "read it") from None
+    return objective.metric, objective.mode or "max"
 
 
 def leaderboard(trials: pa.Table, mode: Mode) -> Leaderboard:
@@ -318,17 +329,17 @@ def query(study: str | Path, sql: str) -> pa.Table:
 
 def to_json(study: str | Path) -> dict[str, Any]:
     """The leaderboard and what it is about, as JSON values."""
-    job, trials = read_job(study)["job"], read_trials(study)
-    objective, probes = job["objective"], read_probes(study).to_pylist()
+    job, trials, probes = read_job(study)["job"], read_trials(study), read_probes(study).to_pylist()
+    metric, mode = objective_of(study, job)
     return {
         "study": str(study),
-        "name": job["name"],
-        "metric": objective["metric"],
-        "mode": objective["mode"],
+        "name": job.get("name"),
+        "metric": metric,
+        "mode": mode,
         "cost": _cost(trials, read_extractions(study)),
         "probes": probes,
-        "agreement": agreement(probes, trials, objective["mode"]),
-        **asdict(leaderboard(trials, objective["mode"])),
+        "agreement": agreement(probes, trials, mode),
+        **asdict(leaderboard(trials, mode)),
     }
 
 
@@ -366,18 +377,6 @@ def render(study: str | Path, console: Console, rows: int = 20) -> None:
         console.print(plain(line), soft_wrap=True)
     if found["finalists"]:
         console.print(plain(f"val, test: {metric}, mean±sd over (n) fresh seeds; finalists are ranked by val"))
-
-
-def render_table(table: pa.Table, console: Console) -> None:
-    """Print any table, as `query` answers."""
-    shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    for field in table.schema:
-        numeric = pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_decimal(field.type)
-        shown.add_column(plain(field.name), justify="right" if numeric else "left", overflow="fold")
-    for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
-        shown.add_row(*(plain(f"{value:.6g}" if isinstance(value, float) else value) for value in row))
-    console.print(shown) if console.is_terminal else print_whole(shown, console)
-    console.print(f"{table.num_rows} row{'s' * (table.num_rows != 1)}")
 
 
 def _folder(study: str | Path) -> Path:

@@ -154,9 +154,15 @@ def decoded(manifest: bytes) -> Shard | None:
         content = json.loads(manifest)
         samples = np.frombuffer(base64.b64decode(content["samples"]), "<i8")
         shard = Shard(content["about"], content["dtype"], tuple(content["shape"]), samples, content["rows_sha256"])
-        return shard if shard.encoded() == manifest else None
-    except (ValueError, KeyError, TypeError):
+        return shard if shard.encoded() == manifest and _can_be(shard) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _can_be(shard: Shard) -> bool:
+    """Whether `shard_of` could have made it: whoever writes a manifest can seal it, too."""
+    rises = len(shard.samples) > 0 and (np.diff(shard.samples, prepend=-1) > 0).all()
+    return bool(rises) and shard.dtype in _REMEDIES and all(type(size) is int and size > 0 for size in shard.shape)
 
 
 def shard_name(file: str) -> str | None:
@@ -183,7 +189,12 @@ def mapped(folder: Path, shards: Sequence[Shard]) -> Rows:
     region = mmap.mmap(-1, end, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ)
     table = np.frombuffer(region, dtype).reshape(-1, *shape)  # keeps the region, and with it what is mapped over it
     samples = samples_of(shards)
-    slots = np.full(samples[-1] - samples[0] + 3, -1, np.intp)
+    try:
+        slots = np.full(samples[-1] - samples[0] + 3, -1, np.intp)
+    except (MemoryError, ValueError):
+        raise FeatureError(
+            f"{folder}: memory does not hold a table up to sample {samples[-1]}; is it damaged?"
+        ) from None
     for shard, start in reversed(list(zip(shards, starts, strict=True))):
         assert (shard.dtype, shard.shape) == (shards[0].dtype, shape), f"{folder} holds several kinds of rows"
         address = table.ctypes.data + start

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
 from rich.console import Console, RenderableType
 from rich.segment import Segment, Segments
+from rich.table import Table
 from rich.text import Text
 
 from frostline.credentials import censored
@@ -56,6 +58,18 @@ def print_whole(renderable: RenderableType, console: Console) -> None:
     """Print a table or text in at least 100 columns, however narrow the console is (80, where a pipe has no width)."""
     lines = console.render_lines(renderable, console.options.update_width(max(console.width, 100)), pad=False)
     console.print(Segments([part for line in lines for part in (*line, Segment.line())]), crop=False, end="")
+
+
+def render_table(table: pa.Table, console: Console) -> None:
+    """Print any table."""
+    shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    for field in table.schema:
+        numeric = pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_decimal(field.type)
+        shown.add_column(plain(field.name), justify="right" if numeric else "left", overflow="fold")
+    for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
+        shown.add_row(*(plain(f"{value:.6g}" if isinstance(value, float) else value) for value in row))
+    console.print(shown) if console.is_terminal else print_whole(shown, console)
+    console.print(f"{table.num_rows} row{'s' * (table.num_rows != 1)}")
 
 
 def complain(text: str) -> None:

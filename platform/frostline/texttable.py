@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from frostline.files import DataError, Place, nearest, reaching
-from frostline.imagetable import is_text, split_name
+from frostline.imagetable import checked, is_text, split_name
 from frostline.labels import label_text
 from frostline.samples import utf8
 from frostline.spec import Data
@@ -100,7 +100,7 @@ def _of_parquet(place: Place, columns: Mapping[str, str], also: Sequence[str]) -
                 values = values.cast(pa.large_binary())  # whose bytes nobody has to believe
             elif pa.types.is_dictionary(values.type):
                 values = values.cast(values.type.value_type)
-            found[column] = values.to_pylist()
+            found[column] = checked(values).to_pylist()
     return found
 
 

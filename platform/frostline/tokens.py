@@ -76,7 +76,10 @@ def load_tokenizer(name: str) -> Tokenizer:
     folder = folder_of(name)
     path = folder / "tokenizer.json"
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
     elif not any(next(folder.glob(pattern), None) for pattern in VOCABULARIES):
         raise DataError(
             f"{folder} holds no tokenizer.json and no vocabulary: name an encoder that has one as data.tokenizer"
@@ -98,7 +101,10 @@ def parse_tokenizer(name: str, text: str, pad: str | None) -> Tokenizer:
     """A tokenizer from the content of its tokenizer.json and its padding, which is looked for there where None."""
     tokenizer = _made(name, text)
     pad = pad or (tokenizer.padding or {}).get("pad_token") or _known(tokenizer, "[PAD]", "<pad>")
-    pad_id = None if pad is None else tokenizer.token_to_id(pad)
+    try:
+        pad_id = None if pad is None else tokenizer.token_to_id(pad)
+    except UnicodeError:  # half of a pair, from a JSON escape
+        pad_id = None
     if pad is None or pad_id is None:
         raise DataError(f"the tokenizer of {name} has no token for padding: say which in its tokenizer_config.json")
     ids = [*tokenizer.get_vocab(with_added_tokens=True).values()]
@@ -160,7 +166,11 @@ def texts_of(raw: bytes, *, pair: bool) -> list[str]:
 
 
 def _row(tokenizer: Any, raw: bytes, *, pair: bool) -> np.ndarray:
-    encoded = tokenizer.encode(*texts_of(raw, pair=pair))
+    texts = texts_of(raw, pair=pair)
+    try:
+        encoded = tokenizer.encode(*texts)
+    except Exception as error:  # noqa: BLE001 (the library raises bare ones)
+        raise BadSample(f"cannot be tokenised: {error}") from None
     return np.stack([encoded.ids, encoded.type_ids], axis=1).astype(np.int32)
 
 
@@ -178,7 +188,7 @@ def _padding(folder: Path) -> str | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
             said = json.loads((folder / name).read_text(encoding="utf-8")).get("pad_token")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue
         said = said.get("content") if isinstance(said, dict) else said
         if isinstance(said, str):
