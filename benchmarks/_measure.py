@@ -17,8 +17,8 @@ from typing import Any
 LOOK_S = 0.5
 
 
-def tree_cpu_s(command: Sequence[str]) -> tuple[float, float, Any]:
-    """Run a command: CPU seconds of it and of all that it started, wall seconds, and the JSON that its last line holds.
+def tree_cpu_s(command: Sequence[str]) -> tuple[float, float, str]:
+    """Run a command: CPU seconds of it and of all that it started, wall seconds, and the last line that it says.
 
     The kernel reaps Ray's workers, whose times then reach no parent's counters: so all processes are looked at every
     `LOOK_S` while they live. What one does after the last look at it is lost.
@@ -48,7 +48,7 @@ def tree_cpu_s(command: Sequence[str]) -> tuple[float, float, Any]:
         said, complained = out.read(), err.read()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} exited with {process.returncode}:\n{said[-2000:]}{complained[-4000:]}")
-    return sum(ticks.values()) / os.sysconf("SC_CLK_TCK"), wall_s, json.loads(said.splitlines()[-1])
+    return sum(ticks.values()) / os.sysconf("SC_CLK_TCK"), wall_s, said.splitlines()[-1]
 
 
 def _processes() -> dict[int, tuple[int, int, int]]:

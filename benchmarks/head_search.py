@@ -69,8 +69,6 @@ from frostline.training import rate_factor
 from frostline.trialspec import Config, configure, search_seeds
 
 CORES = os.cpu_count() or 1
-OURS = "import json, sys, frostline; print(json.dumps(str(frostline.search(sys.argv[1]))))"
-"""A search, in a process that has imported nothing else."""
 DECAYS = (0.0, 1e-3, 1e-2, 1e-1)
 RATES = (1e-4, 1e-2)  # the ends of the grid's
 NLL_TOLERANCE, IMAGES_TOLERANCE = 1e-4, 1  # nats, and val images: float32, in other orders of sums
@@ -474,11 +472,11 @@ def end_to_end(plan: Plan, root: Path, searches: int, differences: Differences) 
         if name == "ours":
             job = job_of(plan.search, root / name).model_dump(mode="json", exclude_unset=True)
             (root / "job.toml").write_text("\n".join(as_toml(job)) + "\n")
-            command = [sys.executable, "-c", OURS, str(root / "job.toml")]
+            command = [sys.executable, "-m", "frostline", "search", str(root / "job.toml")]
         cpu_s, wall_s, found = tree_cpu_s(command)
         cpu[name].append(cpu_s)
         if name == "b3":
-            compare(differences, "b3, end to end", scores_in(root / "ours" / "study"), found)
+            compare(differences, "b3, end to end", scores_in(root / "ours" / "study"), json.loads(found))
         return wall_s
 
     wall = interleaved({name: functools.partial(whole, name) for name in cpu}, searches)
@@ -535,7 +533,7 @@ def slow_rungs(plan: Plan, root: Path, differences: Differences) -> tuple[dict[s
     quick = ["--quick"] if plan is QUICK else []
     *_, tuned = tree_cpu_s([sys.executable, __file__, "--side", "tune", *quick])
     seconds, measured = {}, {}
-    for rung, trials in tuned.items():
+    for rung, trials in json.loads(tuned).items():
         for trial in trials:
             compare(differences, rung, ours, trial["scores"])
         alone_s = [Pace(**trial["pace"]).scaled(site, images, plan.search.epochs) for trial in trials]

@@ -148,7 +148,8 @@ def theirs(trials: int) -> dict[str, Any]:
 
 def measure(side: str, trials: int) -> dict[str, Any]:
     """CPU and wall seconds of a whole run of one side, and what the side says."""
-    cpu, wall, said = tree_cpu_s([sys.executable, __file__, "--side", side, "--trials", str(trials)])
+    cpu, wall, line = tree_cpu_s([sys.executable, __file__, "--side", side, "--trials", str(trials)])
+    said = json.loads(line)
     assert said["finished"] == trials, f"{side}: {said['finished']} of {trials} trials finished"
     print(f"{side}, {trials} trials: {cpu:.1f} s CPU, {wall:.1f} s wall, {said}", file=sys.stderr)
     return {"cpu_s": cpu, "wall_s": wall, **said}

@@ -328,7 +328,8 @@ def main() -> None:
         options += ["--per-class", str(arguments.per_class), "--pixels", str(arguments.pixels)]
         if name == "ours":
             options += ["--target", str(best(sides["theirs"][seed]))]
-        *_, printed = tree_cpu_s([sys.executable, __file__, *options, *(["--quick"] if arguments.quick else [])])
+        *_, line = tree_cpu_s([sys.executable, __file__, *options, *(["--quick"] if arguments.quick else [])])
+        printed = json.loads(line)
         sides[name].append(printed)
         return best(printed)
 

@@ -1,7 +1,7 @@
 """Two tables of Fashion-MNIST's images for the jobs with other targets than one class: `python jobs/make_tables.py` writes
 
-data/rotated.parquet  6,000 images, each turned by an angle from -60 to 60 degrees: the angle is to be told (regression.toml)
-data/outfits.parquet  3,000 pictures of 2 x 2 places with one to four images, no two of one kind: the kinds are (multilabel.toml)
+data/rotated.parquet  3,000 images, each turned by an angle from -60 to 60 degrees: the angle is to be told (regression.toml)
+data/outfits.parquet  2,000 pictures of 2 x 2 places with one to four images, no two of one kind: the kinds are (multilabel.toml)
 
 No image is in two samples of a table. The tables are the same each time.
 """
@@ -35,7 +35,7 @@ def main() -> None:
     write("outfits", *zip(*outfits(images, kinds), strict=True))
 
 
-def rotated(images: np.ndarray, count: int = 6_000) -> Iterator[tuple[np.ndarray, float]]:
+def rotated(images: np.ndarray, count: int = 3_000) -> Iterator[tuple[np.ndarray, float]]:
     """Images on black, turned counter-clockwise, and by how many degrees."""
     random = np.random.default_rng(0)
     for index in random.permutation(len(images))[:count]:
@@ -44,7 +44,7 @@ def rotated(images: np.ndarray, count: int = 6_000) -> Iterator[tuple[np.ndarray
         yield np.asarray(framed.rotate(angle, Image.Resampling.BILINEAR)), angle
 
 
-def outfits(images: np.ndarray, kinds: list[str], count: int = 3_000) -> Iterator[tuple[np.ndarray, list[str]]]:
+def outfits(images: np.ndarray, kinds: list[str], count: int = 2_000) -> Iterator[tuple[np.ndarray, list[str]]]:
     """Pictures, and the kinds that are in them."""
     random = np.random.default_rng(1)
     left = {kind: random.permutation(np.flatnonzero(np.array(kinds) == kind)).tolist() for kind in sorted(set(kinds))}

@@ -37,6 +37,7 @@ def read(place, rows: list[int]) -> list[bytes | str]:
         pa.array(RAW),
         pa.array(RAW, pa.large_binary()),
         pa.array([{"bytes": raw, "path": None} for raw in RAW], STRUCT),
+        pa.array([{"bytes": raw, "path": None} for raw in RAW]),  # the type of path is null
         pa.array([{"bytes": raw} for raw in RAW], pa.struct([("bytes", pa.large_binary())])),
         pa.array(["a/1.png", "2.png", "./3.png"]),
         pa.array(["a/1.png", "2.png", "3.png"], pa.large_string()),

@@ -23,6 +23,7 @@ import frostline
 from frostline import bundle_commands, cluster_commands, feature_commands, results
 from frostline.commit import StudyBusy
 from frostline.credentials import censored
+from frostline.ending import leave
 from frostline.fixed import fixed_job
 from frostline.jobfile import load_job
 from frostline.reference import starter_job
@@ -495,4 +496,4 @@ def _stdout() -> Console:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -158,7 +158,8 @@ def _paths(file: pq.ParquetFile, column: str, place: Place) -> list[str] | None:
 def _image_kind(kind: pa.DataType) -> Literal["bytes", "path", "struct"] | None:
     if pa.types.is_struct(kind):
         fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-        sound = _is_binary(fields.get("bytes")) and ("path" not in fields or is_text(fields["path"]))
+        path = fields.get("path", pa.null())  # also the type of a column of nothing but nulls
+        sound = _is_binary(fields.get("bytes")) and (is_text(path) or pa.types.is_null(path))
         return "struct" if sound else None
     return "bytes" if _is_binary(kind) else "path" if is_text(kind) else None
 
