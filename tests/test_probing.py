@@ -183,7 +183,7 @@ def test_arms_need_not_fit_a_candidate(study_folder: Path) -> None:
 
 
 def test_a_head_that_cannot_be_fitted_has_a_reason(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def singular(*_: object) -> None:
+    def singular(*_: object, **__: object) -> None:
         raise torch.linalg.LinAlgError("the matrix is singular")
 
     monkeypatch.setitem(module.METHODS, "lda", singular)

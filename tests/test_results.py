@@ -161,7 +161,8 @@ def test_rows_come_back(tmp_path: Path) -> None:
     assert read_asks(study).to_pylist() == [ask | {"asked_at": NOW}]
     assert read_epochs(study)["val_score"].to_pylist() == [0.8, 0.9]
     assert read_extractions(study).to_pylist() == [EXTRACTION]
-    assert read_predictions(study).to_pylist() == [prediction | {"probabilities": [0.25, 0.75]}]
+    others = dict.fromkeys(("labels", "value", "predicted_value"))  # of other tasks
+    assert read_predictions(study).to_pylist() == [prediction | others | {"probabilities": [0.25, 0.75]}]
     for name, read in zip(TABLES, READERS, strict=True):
         assert read(study).schema.equals(SCHEMAS[name], check_metadata=True)
     assert read_job(study) == JOB
