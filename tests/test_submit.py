@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from safetensors.torch import save_file
@@ -281,6 +282,33 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(head: Head, tmp_path: 
     stopped = head.run(tmp_path, "jobs", "stop", job_id, "--address", head.dashboard)
     assert stopped.stdout.strip() == f"{job_id}: STOPPED"
     kept = {row["trial_id"] for row in results.read_trials("study").to_pylist()}
+    again = head.run(tmp_path, "submit", "job.toml", "search.trials=44", *same)
+    assert again.returncode == 0, again.stdout
+    rows = [row["trial_id"] for row in results.read_trials("study").to_pylist()]
+    assert kept <= set(rows)
+    assert len(rows) == len(set(rows)) == 44 + 1
+
+
+@pytest.mark.fault(17)
+@pytest.mark.slow
+def test_a_job_whose_supervisor_is_killed_goes_on_when_it_is_submitted_again(head: Head, tmp_path: Path) -> None:
+    """Ray ends the search with it, says that the job has failed, and does not start it again."""
+    write_job()
+    same = ["train.epochs=20", "--address", head.dashboard]
+    began = head.run(tmp_path, "submit", "job.toml", "search.trials=40", *same, "--no-wait")
+    assert began.returncode == 0, began.stdout
+    (job_id,) = set(re.findall(r"small-\d{8}-\d{6}", began.stdout))
+    while not Path("study", "trials").exists():
+        time.sleep(0.2)
+    (supervisor,) = [
+        each for each in psutil.Process().children(recursive=True) if "JobSupervisor" in " ".join(each.cmdline())
+    ]
+    supervisor.kill()
+    stands = ""
+    while "FAILED" not in stands:
+        stands = head.run(tmp_path, "jobs", "status", job_id, "--address", head.dashboard).stdout
+    kept = {row["trial_id"] for row in results.read_trials("study").to_pylist()}
+    assert len(kept) < 40
     again = head.run(tmp_path, "submit", "job.toml", "search.trials=44", *same)
     assert again.returncode == 0, again.stdout
     rows = [row["trial_id"] for row in results.read_trials("study").to_pylist()]
