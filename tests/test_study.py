@@ -292,6 +292,7 @@ def test_heads_in_closed_form_come_once_a_study_and_say_where_its_arms_begin(stu
     job, facts = toy_job(study_folder), {**FACTS, "cached_cuts": [3], "probed_cuts": [1, 2, 3]}
     row = {"stages": 3, "features": 8, "n_train": 9, "n_val": 9, "seconds": 0.1, "strength": 0.5, "reason": None}
     row |= {f"val_{name}": 0.5 for name in ("nll", "accuracy", "balanced_accuracy", "macro_f1")}
+    row |= dict.fromkeys(f"val_{name}" for name in ("micro_f1", "exact_match", "rmse", "mae", "r2"))
     rows = [
         {**row, "cut": cut, "method": method, "val_score": score}
         for cut, method, score in ((1, "lda", 0.5), (2, "ridge", 0.9), (3, "lda", 0.8))
