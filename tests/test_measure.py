@@ -179,6 +179,15 @@ def test_an_optimizer_is_paid_a_step_not_an_image(
     assert large.step_s[0] == 10 / 100
 
 
+def test_a_clock_that_stands_still_is_no_division_by_zero(
+    cache: Path, tmp_path: Path, networks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("frostline.measure._clock", lambda _: lambda: 1.0)
+    found = measure(of_networks(tmp_path), [0, 4], 2, 0)
+    assert found.prefix_s[4] > 0
+    assert found.read_bytes_per_s > 0
+
+
 def test_batches_that_do_not_fit_in_memory_are_halved(cache: Path, tmp_path: Path, networks: Any) -> None:
     prepared = of_networks(tmp_path)
     resumable(prepared, [4])
