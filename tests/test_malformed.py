@@ -74,7 +74,7 @@ def counted() -> dict[str, Any]:
     return {"inputs": 0, "refused": 0, "slowest_s": 0.0}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(51)
 @pytest.mark.parametrize("reader", READERS)
 def test_no_input_gives_a_traceback_hangs_or_writes_elsewhere(

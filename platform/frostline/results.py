@@ -139,20 +139,16 @@ TABLES = ("asks", "epochs", "extractions", "predictions", "probes", RECORD)
 STATUSES: tuple[str, ...] = ("complete", "pruned", "failed")
 FIXED_FACTS = ("classes", "data_hash", "split_hash", "stages_hash", "weights_hash")
 """The facts in job.json that a study keeps for life."""
+_FACTS = {
+    int: ("n_train", "n_val", "n_test", "excluded", "feature_dim"),
+    list: ("classes", "stages"),
+    str: ("data_hash", "split_hash", "stages_hash", "weights_hash", "hardware"),
+}
+"""What facts are, those that a study has."""
 
 _CONFIG = (
-    *(
-        "strategy",
-        "config_id",
-        "freeze_depth",
-        "stages",
-        "norm",
-        "head_depth",
-        "head_hidden",
-        "head_dropout",
-        "head_init",
-    ),
-    *("optimizer", "lr", "head_lr", "layer_decay", "weight_decay", "batch_size"),
+    *("strategy", "config_id", "freeze_depth", "stages", "norm", "head_depth", "head_hidden", "head_dropout"),
+    *("head_init", "optimizer", "lr", "head_lr", "layer_decay", "weight_decay", "batch_size"),
     *("inputs", "trainable_params", "total_params"),
 )
 
@@ -260,6 +256,12 @@ def read_job(study: str | Path) -> dict[str, Any]:
         raise NotAStudyError(f"{path} was not written by Frostline: it holds no `job` and `facts`, or more")
     if record.pop("digest", None) not in (None, digest(record)):  # a study of an earlier version has none
         raise DamagedFile(f"{path} is not what was written. Put it back from a copy")
+    facts = record["facts"]
+    wrong = [key for kind, keys in _FACTS.items() for key in keys if not isinstance(facts.get(key, kind()), kind)]
+    if wrong or not all(isinstance(name, str) for key in _FACTS[list] for name in facts.get(key, ())):
+        raise NotAStudyError(
+            f"{path} was not written by Frostline: facts that are something else: {wrong or _FACTS[list]}"
+        )
     return record
 
 
