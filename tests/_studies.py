@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from frostline.commit import commit_part, write_file
 from frostline.jobfile import parse_job
 from frostline.results import RECORD, table_of, write_splits
+from frostline.study import Study
 
 RATES = {
     "train.lr": {"low": 1e-5, "high": 1e-2, "log": True},
@@ -189,3 +192,19 @@ def values(arm: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         else:
             found[key] = dimension[int(rng.integers(len(dimension)))]
     return found
+
+
+@contextmanager
+def interrupted() -> Iterator[None]:
+    """What runs within is interrupted when a trial reports its second epoch."""
+    report = Study.report
+
+    def stop(study: Study, records: Any) -> Any:
+        if any(record.epoch == 2 for record in records.values()):
+            raise KeyboardInterrupt
+        return report(study, records)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Study, "report", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 
 import frostline
+from _studies import interrupted
 from frostline import results
 from frostline.bundle import BundleError, load_bundle
 from frostline.checkpoint import CheckpointError, opened
@@ -23,7 +24,6 @@ from frostline.results import table_of
 from frostline.shards import FeatureError
 from frostline.stages import BackboneError
 from frostline.store import Store
-from frostline.study import Study
 from frostline.testing import image_folder, toy_backbone, toy_job
 from frostline.weights import hash_tensors, hash_weights, load_weights, read_weights
 
@@ -137,17 +137,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That of a trial which was interrupted."""
     folder = tmp_path_factory.mktemp("kept") / "study"
     options = ["search.trials=0", "confirm.seeds=1", "scaling.checkpoint_s=0", "train.epochs=3", "features.cache=none"]
-    report = Study.report
-
-    def interrupted(study: Study, records: Any) -> Any:
-        if any(record.epoch == 2 for record in records.values()):
-            raise KeyboardInterrupt
-        return report(study, records)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Study, "report", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            frostline.search(toy_job(folder, options, arms={"full": {"strategy": "full"}}), inline=True)
+    with interrupted():
+        frostline.search(toy_job(folder, options, arms={"full": {"strategy": "full"}}), inline=True)
     return folder / "checkpoints" / "full-00000-c0.safetensors"
 
 

@@ -14,8 +14,8 @@ import pytest
 
 import frostline
 from _malformed import LIMIT_S, READERS, make
+from _studies import interrupted
 from frostline import results
-from frostline.study import Study
 from frostline.testing import toy_job, toy_training
 
 COUNTS = {
@@ -54,17 +54,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def checkpoint_of(folder: Path) -> Path:
     """The folder of a checkpoint, of a training that was interrupted."""
-    report = Study.report
-
-    def stop(study: Study, records: Any) -> Any:
-        if any(record.epoch == 2 for record in records.values()):
-            raise KeyboardInterrupt
-        return report(study, records)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Study, "report", stop)
-        with pytest.raises(KeyboardInterrupt):
-            frostline.train(toy_training(folder, ["scaling.checkpoint_s=0"]), inline=True)
+    with interrupted():
+        frostline.train(toy_training(folder, ["scaling.checkpoint_s=0"]), inline=True)
     return folder / "checkpoints"
 
 

@@ -125,8 +125,13 @@ def _labels(file: pq.ParquetFile, spec: Data, place: Place) -> list[str | None]:
     values = checked(file.read(columns=[spec.label_column]).column(0))
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
+    return [label_of(value, spec, place) for value in values.to_pylist()]
+
+
+def label_of(value: Any, spec: Data, place: Place) -> str | None:
+    """A cell of a table's label column as text, None where it is null. Raises DataError."""
     try:
-        return [label_text(value, spec) for value in values.to_pylist()]
+        return label_text(value, spec)
     except ValueError as error:
         raise DataError(f"{place.name}: column {spec.label_column!r} {error}") from None
 

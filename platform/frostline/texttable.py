@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from frostline.files import DataError, Place, nearest, reaching
-from frostline.imagetable import checked, is_text, split_name
-from frostline.labels import label_text
+from frostline.imagetable import checked, is_text, label_of, split_name
 from frostline.samples import utf8
 from frostline.spec import Data
 
@@ -66,7 +65,7 @@ def open_texts(place: Place, spec: Data, *, labelled: bool = True) -> TextTable:
         labels = [value or "" for value in labels]  # an empty field of CSV is no label, and not an unknown one
     return TextTable(
         texts=[None if None in row else tuple(_utf8(each) for each in row) for row in zip(*texts, strict=True)],
-        labels=[None] * len(texts[0]) if labels is None else [_label(value, spec, place) for value in labels],
+        labels=[None] * len(texts[0]) if labels is None else [label_of(value, spec, place) for value in labels],
         groups=None
         if spec.group_column is None or not labelled
         else [_name(v, spec.group_column, place) for v in table[spec.group_column]],
@@ -171,13 +170,6 @@ def _utf8(value: Any) -> bytes:
     if isinstance(value, bytes):
         return value
     return utf8(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def _label(value: Any, spec: Data, place: Place) -> str | None:
-    try:
-        return label_text(value, spec)
-    except ValueError as error:
-        raise DataError(f"{place.name}: column {spec.label_column!r} {error}") from None
 
 
 def _name(value: Any, column: str, place: Place) -> str | None:
