@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from _freezing import EPOCHS, STRATEGIES, batches, freezing, network_of
 from _workers import together
-from frostline.backbone import Backbone, load_backbone
+from frostline.backbone import Backbone, _load, load_backbone
 from frostline.checkpoint import load_training, save_training
 from frostline.collectives import full, shard, share, spanning_norms
 from frostline.outcome import EpochRecord
@@ -44,6 +44,7 @@ def backbone_of(name: str) -> Backbone:
         found = replace(found, module=copy.deepcopy(found.module).double())
     finally:
         torch.set_default_dtype(torch.float32)
+        _load.cache_clear()
     for module in found.module.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
+from _tls import certified
 from frostline import localcluster, network, results
 from frostline.cache import cache_root
 from frostline.cli import main
@@ -92,10 +94,12 @@ def cluster() -> Iterator[Cluster]:
         localcluster.down()
 
 
-def driver(cluster: Cluster, script: str, *arguments: str, **settings: str) -> subprocess.Popen:
-    """A process of the host's that connects to the cluster."""
+def driver(
+    cluster: Cluster, script: str, *arguments: str, entered: Sequence[str] = (), **settings: str
+) -> subprocess.Popen:
+    """A process that connects to the cluster, of the host's or `entered` into a node."""
     return subprocess.Popen(
-        [sys.executable, "-c", script, cluster.address, *arguments],
+        [*entered, sys.executable, "-c", script, cluster.address, *arguments],
         env=os.environ | localcluster.environment() | settings,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -441,6 +445,68 @@ def begun(cluster: Cluster, study: Path) -> subprocess.Popen:
     return searching
 
 
+@pytest.fixture
+def kept(own_cache: None, tmp_path: Path) -> Iterator[Cluster]:
+    """One node beside a head that keeps its tables in Redis, where one that is started again finds them."""
+    port = localcluster._free_port()
+    command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as redis, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_REDIS_ADDRESS", f"127.0.0.1:{port}")
+        yield localcluster.up(1, 2)
+        localcluster.down()
+        redis.terminate()
+
+
+@pytest.mark.long
+@pytest.mark.fault(16)
+@pytest.mark.skipif(not shutil.which("redis-server"), reason="needs redis-server, from apt-get")
+@needs_namespaces
+def test_a_search_whose_head_is_back_in_time_goes_on(kept: Cluster, tmp_path: Path) -> None:
+    """All of the head's processes, its driver being on a node, as a head without CPUs has it."""
+    study, node = tmp_path / "study", kept.nodes[1]
+    searching = driver(kept, SEARCH, str(study), *LONG, entered=localcluster._entered(node))
+    wait_until(lambda: committed(study) or searching.poll() is not None, 240)
+    assert searching.poll() is None, searching.communicate()
+    before = committed(study)
+    localcluster.kill("head")
+    time.sleep(5)
+    assert searching.poll() is None, searching.communicate()
+    localcluster._started(localcluster._there(), kept.nodes[:1])
+    answer(searching)
+    each_row_once(study, before)
+    assert {row["status"] for row in results.read_trials(study).to_pylist()} == {"complete"}
+
+
+@pytest.fixture
+def lossy(own_cache: None) -> Iterator[Cluster]:
+    """Two nodes whose calls to head, nodes and owners fail, one in ten before they are sent and one in ten when they are
+    answered; but those that run a method of an actor, as Ray does not send again what may have been done."""
+    from ray.core.generated import core_worker_pb2, gcs_service_pb2, node_manager_pb2, pubsub_pb2
+
+    services = {
+        service.name: service.methods_by_name
+        for module in (gcs_service_pb2, node_manager_pb2, core_worker_pb2, pubsub_pb2)
+        for service in module.DESCRIPTOR.services_by_name.values()
+    }
+    odds = {"num_failures": -1, "req_failure_prob": 10, "resp_failure_prob": 10}
+    methods = [f"{service}.grpc_client.{name}" for service, names in services.items() for name in names]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_testing_rpc_failure", json.dumps({name: odds for name in methods if "PushTask" not in name}))
+        yield localcluster.up(2, 1)
+        localcluster.down()
+
+
+@pytest.mark.long
+@pytest.mark.fault(11)
+def test_calls_that_fail_change_no_number(lossy: Cluster, tmp_path: Path) -> None:
+    options = (*PLAIN, "search.trials=6", "confirm.seeds=1")
+    answer(driver(lossy, SEARCH, str(tmp_path / "lossy" / "study"), *options))
+    failed = [path for path in Path(lossy.folder).rglob("*.log") if "Injecting RPC" in path.read_text(errors="replace")]
+    assert failed
+    answer(driver(lossy, SEARCH.replace("address=sys.argv[1]", "inline=True"), str(tmp_path / "study"), *options))
+    assert numbers(tmp_path / "lossy" / "study") == numbers(tmp_path / "study")
+
+
 def each_row_once(study: Path, before: set[str]) -> None:
     rows = [row["trial_id"] for row in results.read_trials(study).to_pylist()]
     assert len(rows) == len(set(rows)) == 8 + 1
@@ -501,6 +567,29 @@ def test_without_namespaces_nodes_are_raylets_on_loopback(
     finally:
         localcluster.down()
     assert traces(there) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_cache")
+def test_with_tls_only_those_with_a_certificate_are_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own: between all its processes, each of which shows who it is and asks the other. The token alone is not enough."""
+    planned = localcluster.plan(1, 2, None)
+    of = certified(tmp_path / "tls", *{node.address for node in planned.nodes}, "127.0.0.1", "localhost")
+    settings = {"RAY_USE_TLS": "1", "RAY_TLS_CA_CERT": of.authority}
+    with monkeypatch.context() as patch:
+        for name, value in (settings | {"RAY_TLS_SERVER_CERT": of.certificate, "RAY_TLS_SERVER_KEY": of.key}).items():
+            patch.setenv(name, value)
+        there = localcluster.up(1, 2, planned.subnet)
+        answer(driver(there, SEARCH, str(tmp_path / "study"), *PLAIN, "search.trials=4"))
+    assert {row["status"] for row in results.read_trials(tmp_path / "study").to_pylist()} == {"complete"}
+    plain = driver(there, TASKS)
+    plain.communicate(timeout=120)
+    assert plain.returncode
+    other = certified(tmp_path / "other", "127.0.0.1", "localhost")
+    own = {"RAY_TLS_SERVER_CERT": other.certificate, "RAY_TLS_SERVER_KEY": other.key}
+    stranger = driver(there, TASKS, **settings, **own)
+    stranger.communicate(timeout=120)
+    assert stranger.returncode
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,13 @@ def test_defaults_outside_a_range_are_its_nearest_end() -> None:
             [{"freeze.depth": 4, "head.depth": 2}, {"freeze.depth": 0, "head.depth": 2}],
         ),
         ({"freeze.depth": 1, "head.depth": [1, 4]}, [{"head.depth": 1}]),
+        (
+            {"freeze.depth": 1, "head.depth": "all", "head.init": ["random", "probe"]},
+            [{"head.depth": 2, "head.init": "probe"}],
+        ),
+        ({"freeze.depth": 1, "head.init": ["random", "probe"]}, [{"head.init": "probe"}]),
+        ({"freeze.depth": [2, 4]}, []),
+        ({"freeze.depth": [1, 2, 4]}, [{"freeze.depth": 2}]),
         ({"freeze.depth": 1, "train.lr": [3e-4]}, []),
     ],
 )

@@ -6,12 +6,14 @@ import asyncio
 import base64
 import contextlib
 import functools
+import http.client
 import io
 import json
 import os
 import re
 import shutil
 import signal
+import ssl
 import struct
 import subprocess
 import sys
@@ -36,6 +38,7 @@ from starlette.testclient import TestClient
 import frostline
 from _head import ray_head
 from _texts import text_bundle
+from _tls import certified
 from frostline.batches import Batches
 from frostline.bundle import load_bundle
 from frostline.cli import main
@@ -45,6 +48,7 @@ from frostline.serve import (
     Replica,
     ServeError,
     ask_all,
+    check_tls,
     given_to,
     grouped,
     is_loopback,
@@ -676,6 +680,31 @@ def test_mistakes_are_told_before_ray_starts(
     assert "is not a bundle" in capsys.readouterr().err
 
 
+def test_a_certificate_is_one_and_its_key_is_its_own(
+    bundles: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    of, other = certified(tmp_path / "of", "localhost"), certified(tmp_path / "other", "localhost")
+    check_tls(of.certificate, of.key)
+    for certificate, key, said in (
+        (of.certificate, other.key, "KEY_VALUES_MISMATCH"),
+        (of.key, of.key, "must be a certificate and its key as PEM"),
+        (str(tmp_path / "no"), of.key, "No such file"),
+        (of.certificate, str(tmp_path / "no"), "No such file"),
+    ):
+        assert main(["serve", str(bundles["linear"]), "--tls-cert", certificate, "--tls-key", key]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["serve", str(bundles["linear"]), "--tls-cert", of.certificate]) == 2
+    assert "--tls-cert and --tls-key go together" in capsys.readouterr().err
+    Path(of.key).chmod(0o644)
+    with pytest.raises(ServeError, match="can be read by everyone: chmod o="):
+        check_tls(of.certificate, of.key)
+    locked = tmp_path / "locked.pem"
+    command = ["openssl", "pkey", "-in", other.key, "-aes256", "-passout", "pass:canary", "-out", str(locked)]
+    subprocess.run(command, check=True, capture_output=True)
+    with pytest.raises(ServeError, match="is locked by a passphrase"):
+        check_tls(other.certificate, str(locked))
+
+
 class Server:
     """`frostline serve` as a process, and requests to it. It hears Ctrl-C even where these tests run as a background job that does
     not."""
@@ -689,11 +718,12 @@ class Server:
                 command, env=os.environ | env, stdout=out, stderr=out, start_new_session=True, preexec_fn=hear
             )
         deadline = time.monotonic() + 240
-        while not (found := re.search(r"(http://\S+)/ for people", self.log.read_text())):
+        while not (found := re.search(r"(https?://\S+)/ for people", self.log.read_text())):
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.2)
         self.url = found[1]
+        self.trusts: ssl.SSLContext | None = None
         self.all = psutil.Process(self.process.pid).children(recursive=True)
 
     def ask(self, path: str, body: bytes | None = None, kind: str = "image/png", **headers: str) -> tuple[int, str]:
@@ -701,7 +731,7 @@ class Server:
         head = {name.replace("_", "-"): value for name, value in headers.items()}
         request = urllib.request.Request(self.url + path, body, {"Content-Type": kind} | head)
         try:
-            with urllib.request.urlopen(request, timeout=90) as answer:
+            with urllib.request.urlopen(request, timeout=90, context=self.trusts) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -910,6 +940,32 @@ def test_a_real_server_of_texts(text_bundles: dict[str, Path], tmp_path: Path) -
                 browser.find_element("id", "pair").send_keys("salt")
                 browser.find_element("css selector", "button").click()
                 until(browser, "the <b>old</b> ship / salt", "answers")
+    finally:
+        server.end(signal.SIGTERM)
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_over_tls_only(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Who knows the authority is answered, with the numbers of the bundle; who does not hangs up, and plain HTTP gets nothing."""
+    of = certified(tmp_path / "tls", "127.0.0.1")
+    server = Server(tmp_path, f"wide={bundles['wide']}", "--tls-cert", of.certificate, "--tls-key", of.key)
+    try:
+        assert server.url.startswith("https://127.0.0.1:")
+        with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+            server.ask("/readyz")
+        server.trusts = ssl.create_default_context(cafile=of.authority)
+        assert server.ask("/readyz", Origin=server.url)[0] == 200
+        assert server.ask("/readyz", Origin="https://elsewhere.example")[0] == 403
+        status, text = server.ask("/wide/predict?top_k=10", encoded(0))
+        assert status == 200, text
+        bundle = load_bundle(bundles["wide"])
+        (found,) = json.loads(text)["predictions"]
+        given = bundle.predict([encoded(0)]).probabilities[0]
+        np.testing.assert_array_equal(shares(found, bundle.classes), given)
+        server.url = server.url.replace("https", "http")
+        with pytest.raises((urllib.error.URLError, ConnectionError, http.client.HTTPException)):
+            server.ask("/readyz")
     finally:
         server.end(signal.SIGTERM)
     assert "Traceback" not in server.log.read_text()

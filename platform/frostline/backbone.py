@@ -18,10 +18,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import safetensors.torch
-import timm
 import torch
-import torchvision
-from timm.models import group_parameters
 from torch import Tensor, nn
 
 from frostline.encoder import load_encoder
@@ -46,6 +43,7 @@ from frostline.stages import (
 )
 from frostline.staging import Parcel, kept, parcel, place_of
 from frostline.tokens import encoder_parcel, folder_of
+from frostline.vision import timm, torchvision
 from frostline.weights import hash_weights, lite0_weights, load_weights, read_weights
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
@@ -275,7 +273,7 @@ def _timm_groups(model: Any) -> list[list[str]] | None:
         matcher = model.group_matcher(coarse=True)
     except (AttributeError, AssertionError):  # MetaFormer has no matcher, RDNet no coarse one
         return None
-    groups = group_parameters(model, matcher)
+    groups = timm.models.group_parameters(model, matcher)
     return [groups[index] for index in sorted(groups)]
 
 

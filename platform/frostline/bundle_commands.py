@@ -74,6 +74,8 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a name under which a proxy before this server is known; may be given several times",
     )
+    parser.add_argument("--tls-cert", metavar="PATH", help="a certificate as PEM, with those that vouch for it: HTTPS")
+    parser.add_argument("--tls-key", metavar="PATH", help="its key as PEM, not readable by everyone")
     parser.set_defaults(interrupted="frostline: no longer serving")
 
 
@@ -85,6 +87,9 @@ def serve(arguments: argparse.Namespace) -> int:
         extra("serve", package)
     from frostline.serve import read_token, serve_bundles
 
+    tls = (arguments.tls_cert, arguments.tls_key)
+    if (tls[0] is None) != (tls[1] is None):
+        raise ValueError("--tls-cert and --tls-key go together: give both, or neither")
     serve_bundles(
         arguments.bundles,
         host=arguments.host,
@@ -96,5 +101,6 @@ def serve(arguments: argparse.Namespace) -> int:
         token=read_token(arguments.token_file),
         allow_open=arguments.allow_open,
         allow_hosts=arguments.allow_host,
+        tls=tls if all(tls) else None,
     )
     return 0

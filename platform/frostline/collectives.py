@@ -9,18 +9,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from frostline.world import World
+
+if TYPE_CHECKING:  # else where a network is sharded: they take half a second to import
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -52,6 +53,8 @@ def spanning_norms(world: World, backbone: nn.Module) -> nn.Module:
             'freeze.norm = "batch" with scaling.workers > 1 takes statistics over all workers, which PyTorch does on GPUs only: '
             'use "frozen", "affine" or "recalibrate", or one worker'
         )
+    from timm.layers.norm_act import convert_sync_batchnorm
+
     return convert_sync_batchnorm(backbone)
 
 
@@ -61,6 +64,8 @@ def shard(world: World, network: nn.Module) -> None:
     the job asks for whole copies."""
     if not world.sharded:
         return
+    from torch.distributed.fsdp import fully_shard
+
     network.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
     mesh = init_device_mesh(world.device.type, (world.workers,))
     for unit in [*_blocks(network), network]:
@@ -80,9 +85,13 @@ def unsynchronised(model: nn.Module) -> AbstractContextManager[Any]:
     """Within the block gradients are summed up here, and not yet averaged: of all pieces of a batch but the last."""
     if isinstance(model, DistributedDataParallel):
         return model.no_sync()
-    if isinstance(model, FSDPModule):
+    if _is_sharded(model):
         return _Unsynchronised(model)
     return nullcontext()
+
+
+def _is_sharded(model: nn.Module) -> TypeGuard[FSDPModule]:
+    return hasattr(model, "set_requires_gradient_sync")
 
 
 class _Unsynchronised:
@@ -96,19 +105,21 @@ class _Unsynchronised:
         self.model.set_requires_gradient_sync(True)
 
 
-def is_part(tensor: Tensor) -> bool:
+def is_part(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether the worker has only a part of it."""
-    return isinstance(tensor, DTensor)
+    return hasattr(tensor, "device_mesh")
 
 
 def full(tensor: Tensor) -> Tensor:
     """A tensor whole, where the worker has a part of it; then all must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_part(tensor) else tensor
 
 
 def lay(target: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor into one of which the worker has a part, or all."""
-    if isinstance(target, DTensor):
+    if is_part(target):
+        from torch.distributed.tensor import distribute_tensor
+
         whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements)
     target.copy_(whole)
 

@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
-import torchvision
 from safetensors import torch as safetensors
-from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from frostline.bundle import Bundle, as_json, build_network, bundle_of, full_files, load_bundle
@@ -31,6 +28,7 @@ from frostline.export_encoder import OfIds, named, save_for_transformers, usage
 from frostline.extras import extra
 from frostline.freeze import Network
 from frostline.inputs import Texts
+from frostline.vision import timm, torchvision
 
 TOLERANCE = 1e-4
 """By how much logits may differ, relative to the largest where that is above 1."""
@@ -198,7 +196,7 @@ def _write_timm(bundle: Bundle, network: Network, folder: Path) -> Logits:
     crop = {"crop_pct": 1.0, "crop_mode": "center" if shown["fit"] == "crop" else "squash"}
     given = {"input_size": [3, bundle.size, bundle.size], "mean": shown["mean"], "std": shown["std"]}
     config = {"label_names": list(bundle.classes), "pretrained_cfg": {**given, **crop, "interpolation": "bicubic"}}
-    save_for_hf(model, str(folder), model_config=config, model_args=size or None, safe_serialization=True)
+    timm.models.save_for_hf(model, str(folder), model_config=config, model_args=size or None, safe_serialization=True)
     return _logits(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
 
 

@@ -81,19 +81,23 @@ class Proposer:
     def begin_at(self, depth: int) -> None:
         """Add strong defaults for a backbone whose features serve best after `depth` stages. Where the arm searches where
         the head stands: there, once with all before it frozen and once with nothing. Else, where it searches the freeze
-        depth: frozen up to there. The nearest depths of the space are taken."""
+        depth: frozen up to there. The nearest depths of the space are taken, and the head begins at the closed form where
+        the arm searches how it begins."""
         if not self.defaults:
             return
         first = zip(self.space.items(), self.defaults[0], strict=True)
         values = {path: dist.to_external_repr(entry) for (path, dist), entry in first}
+        if isinstance(init := self.space.get("head.init"), CategoricalDistribution) and "probe" in init.choices:
+            values["head.init"] = "probe"
+        added = [values]
         for path in ("head.depth", "freeze.depth"):
             if dist := self.space.get(path):
                 near = min(entries_of(dist), key=lambda entry: abs(stages_of(path, entry, self.stages) - depth))
                 added = [values | {path: near}]
                 if path == "head.depth" and "freeze.depth" in self.space:
                     added.append(added[0] | {"freeze.depth": entries_of(self.space["freeze.depth"])[0]})
-                self.defaults += map(self._point, added)
-                return
+                break
+        self.defaults += [point for point in map(self._point, added) if point not in self.defaults]
 
     def values(self, number: int) -> dict[str, Any]:
         """The configuration that trial `number` was asked with, by dotted job key."""

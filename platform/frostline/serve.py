@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import socket
+import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -112,14 +113,15 @@ def serve_bundles(
     token: str | None = None,
     allow_open: bool = False,
     allow_hosts: Sequence[str] = (),
+    tls: tuple[str, str] | None = None,
     limits: Limits | None = None,
     console: Console | None = None,
 ) -> None:
     """Serve bundles, `[NAME=]PATH` each, until a signal ends it, on a local Ray that is started and stopped here, or with their
     replicas on the cluster at `address`.
 
-    Port 0 is any free one. Raises a ValueError where something cannot be honoured: before Ray is started, but for replicas that it has
-    no room for.
+    Port 0 is any free one; with `tls`, the files of a certificate and of its key, it speaks HTTPS. Raises a ValueError where something
+    cannot be honoured: before Ray is started, but for replicas that it has no room for.
     """
     for name, value in (("replicas", replicas), ("max-batch", max_batch)):
         if value < 1:
@@ -130,6 +132,9 @@ def serve_bundles(
             f"--host {host} is reachable from elsewhere, and there is no token: set {TOKEN_VARIABLE} or give --token-file, or "
             "say --allow-open to let anyone ask"
         )
+    certificate, key = tls or (None, None)
+    if tls:
+        check_tls(*tls)
     limits, console = limits or Limits(), console or Console(stderr=True, highlight=False)
     door = Door(token, (*LOOPBACK, host, *allow_hosts) if local else None, tuple(allow_hosts))
     with contextlib.closing(listen(host, port)) as listener:
@@ -143,7 +148,8 @@ def serve_bundles(
                     name: Served(bundle.classes, given_to(bundle), bundle.task) for name, bundle in loaded.items()
                 }
                 app = app_of(served, partial(ask_all, asks), partial(all_ready, asks), door=door, limits=limits)
-                url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+                scheme, name = "https" if tls else "http", f"[{host}]" if ":" in host else host
+                url = f"{scheme}://{name}:{listener.getsockname()[1]}"
                 for line in opening(url, groups, replicas, door):
                     console.print(plain(line), soft_wrap=True)
                 config = uvicorn.Config(
@@ -158,6 +164,8 @@ def serve_bundles(
                     server_header=False,
                     limit_concurrency=4 * limits.requests,  # connections
                     timeout_graceful_shutdown=5,
+                    ssl_certfile=certificate,
+                    ssl_keyfile=key,
                 )
                 asyncio.run(uvicorn.Server(config).serve([listener]))
 
@@ -168,6 +176,8 @@ def opening(url: str, groups: Sequence[Sequence[str]], replicas: int, door: Door
         shared = f" (one backbone for {len(names)} bundles)" * (len(names) > 1)
         yield f"{', '.join(f'{url}/{name}/predict' for name in names)}: {replicas} replica{'s' * (replicas > 1)}{shared}"
     token = "with a token" if door.token else "without a token"
+    if door.token and door.hosts is None and not url.startswith("https:"):
+        token += ", which travels in the clear (--tls-cert)"
     yield f"{url}/ for people, {url}/openapi.json for programs; {token}; Ctrl-C ends it"
 
 
@@ -228,6 +238,23 @@ def read_token(path: str | None) -> str | None:
             "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
         )
     return token
+
+
+def check_tls(certificate: str, key: str) -> None:
+    """Raises ServeError unless these files are a certificate and its key, which is not for everyone to read."""
+
+    def locked() -> str:
+        raise ServeError(f"--tls-key {key} is locked by a passphrase: openssl pkey -in {key} -out UNLOCKED")
+
+    try:
+        if Path(key).stat().st_mode & 0o007:
+            raise ServeError(f"--tls-key {key} can be read by everyone: chmod o= {key}")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, locked)
+    except OSError as error:  # as ssl's own errors are
+        why = error.strerror or error
+        raise ServeError(
+            f"--tls-cert {certificate} --tls-key {key}: {why}; they must be a certificate and its key as PEM"
+        ) from None
 
 
 def is_loopback(host: str) -> bool:

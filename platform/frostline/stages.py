@@ -161,6 +161,10 @@ def record(module: nn.Module, images: Tensor) -> Recording:
 
 
 class _Recorder(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what would keep the compiler off imports it (see `vision`), and nothing is compiled here
+
     def __init__(self, module: nn.Module, images: Tensor) -> None:
         super().__init__()
         self.calls = [Call("input", frozenset(), frozenset(), {value_of(images): images.numel()}, frozenset(), 0)]
