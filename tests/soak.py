@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import random
 import signal
@@ -61,10 +62,14 @@ MIB_A_ROW = 0.02
 
 
 def start(folder: Path) -> psutil.Process:
-    """The search, in a session of its own: Ray kills the group of a driver that was killed."""
+    """The search, in a session of its own, as Ray kills the group of a driver that was killed. It hears an interrupt even where the
+    soak runs in the background of a shell, which does not."""
     command = [sys.executable, "-m", "frostline.cli", "search", "job.toml"]
     with (folder / "log").open("a") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=log, stderr=log, start_new_session=True,
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
     return psutil.Process(process.pid)
 
 
