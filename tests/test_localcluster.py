@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -569,27 +571,44 @@ def test_without_namespaces_nodes_are_raylets_on_loopback(
     assert traces(there) == []
 
 
+def greets(address: str, context: ssl.SSLContext | None) -> bool:
+    """Whether gRPC answers there to who opens a connection so."""
+    host, _, port = address.rpartition(":")
+    opening = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # of HTTP/2, and no settings
+    try:
+        with socket.create_connection((host, int(port)), timeout=20) as opened:
+            if context:
+                context.set_alpn_protocols(["h2"])
+                opened = context.wrap_socket(opened, server_hostname=host)
+            with opened:
+                opened.sendall(opening)
+                return bool(opened.recv(1))
+    except (ConnectionError, ssl.SSLError):
+        return False
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 def test_with_tls_only_those_with_a_certificate_are_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own: between all its processes, each of which shows who it is and asks the other. The token alone is not enough."""
     planned = localcluster.plan(1, 2, None)
-    of = certified(tmp_path / "tls", *{node.address for node in planned.nodes}, "127.0.0.1", "localhost")
-    settings = {"RAY_USE_TLS": "1", "RAY_TLS_CA_CERT": of.authority}
-    with monkeypatch.context() as patch:
-        for name, value in (settings | {"RAY_TLS_SERVER_CERT": of.certificate, "RAY_TLS_SERVER_KEY": of.key}).items():
-            patch.setenv(name, value)
-        there = localcluster.up(1, 2, planned.subnet)
+    names = {*(node.address for node in planned.nodes), "127.0.0.1", "localhost"}
+    of, other = (certified(tmp_path / name, *names) for name in ("of", "other"))
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    monkeypatch.setenv("RAY_TLS_CA_CERT", of.authority)
+    monkeypatch.setenv("RAY_TLS_SERVER_CERT", of.certificate)
+    monkeypatch.setenv("RAY_TLS_SERVER_KEY", of.key)
+    there = localcluster.up(1, 2, planned.subnet)
+    try:
         answer(driver(there, SEARCH, str(tmp_path / "study"), *PLAIN, "search.trials=4"))
-    assert {row["status"] for row in results.read_trials(tmp_path / "study").to_pylist()} == {"complete"}
-    plain = driver(there, TASKS)
-    plain.communicate(timeout=120)
-    assert plain.returncode
-    other = certified(tmp_path / "other", "127.0.0.1", "localhost")
-    own = {"RAY_TLS_SERVER_CERT": other.certificate, "RAY_TLS_SERVER_KEY": other.key}
-    stranger = driver(there, TASKS, **settings, **own)
-    stranger.communicate(timeout=120)
-    assert stranger.returncode
+        assert {row["status"] for row in results.read_trials(tmp_path / "study").to_pylist()} == {"complete"}
+        nameless, ours, strangers = (ssl.create_default_context(cafile=of.authority) for _ in range(3))
+        ours.load_cert_chain(of.certificate, of.key)
+        strangers.load_cert_chain(other.certificate, other.key)
+        greeted = [greets(there.address, context) for context in (ours, nameless, strangers, None)]
+        assert greeted == [True, False, False, False]
+    finally:
+        localcluster.down()
 
 
 @pytest.mark.parametrize(
