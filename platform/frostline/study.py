@@ -205,8 +205,8 @@ class Study:
         self.extracted_images += row["images"]
 
     def probed(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take what heads in closed form reached, committed likewise; arms that search the freeze depth begin where the best
-        one stands."""
+        """Take what heads in closed form reached, committed likewise; arms that search depths, or how a head begins, start with
+        the best one."""
         self.ledger.add("probes", rows)
         self._learn(rows)
 
