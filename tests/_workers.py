@@ -17,7 +17,7 @@ import torch.distributed as dist
 from frostline.world import World
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["_workers", "frostline.trial"])
+CONTEXT.set_forkserver_preload(["_workers", "frostline.trial", "torch._dynamo", "torch.distributed.fsdp"])
 
 
 def together(workers: int, work: Callable[..., Any], *arguments: Any, sharded: bool = False) -> list[Any]:
