@@ -53,15 +53,6 @@ from frostline.testing import toy_job
 frostline.search(toy_job(Path(sys.argv[2]), sys.argv[3:]), address=sys.argv[1])
 """
 
-ONE = """
-import sys, ray
-ray.init(sys.argv[1], log_to_driver=False)
-try:
-    print("ran", ray.get(ray.remote(lambda: 1).remote(), timeout=20))
-except ray.exceptions.GetTimeoutError:
-    print("lost")
-"""
-
 TRAIN = """
 import sys
 from pathlib import Path
@@ -514,11 +505,12 @@ def lossy(own_cache: None) -> Iterator[Cluster]:
 @pytest.mark.fault(11)
 def test_calls_that_fail_change_no_number(lossy: Cluster, tmp_path: Path) -> None:
     options = (*PLAIN, "search.trials=6", "confirm.seeds=1")
-    answer(driver(lossy, SEARCH, str(tmp_path / "lossy" / "study"), *options))
+    searching = driver(lossy, SEARCH, str(tmp_path / "lossy" / "study"), *options)
+    _, said = searching.communicate(timeout=590)
+    assert searching.returncode == 0, said
+    assert "RpcFailureManager" in said, "calls are made to fail"
     answer(driver(lossy, SEARCH.replace("address=sys.argv[1]", "inline=True"), str(tmp_path / "study"), *options))
     assert numbers(tmp_path / "lossy" / "study") == numbers(tmp_path / "study")
-    never = {"NodeManagerService.grpc_client.RequestWorkerLease": {"num_failures": -1, "req_failure_prob": 100}}
-    assert "lost" in answer(driver(lossy, ONE, RAY_testing_rpc_failure=json.dumps(never))), "calls are made to fail so"
 
 
 def each_row_once(study: Path, before: set[str]) -> None:
