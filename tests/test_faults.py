@@ -48,10 +48,8 @@ def marked() -> Iterator[int]:
                 yield from (ast.literal_eval(argument) for argument in node.args)
 
 
-def test_every_fault_has_a_test_or_a_reason() -> None:
-    rows = {*marked()}
-    assert rows <= MATRIX.keys()
-    assert {number for number, row in MATRIX.items() if row.lacks} == MATRIX.keys() - rows
+def test_every_fault_has_a_test() -> None:
+    assert {*marked()} == MATRIX.keys()
 
 
 def test_the_page_has_every_row_and_none_that_does_not_hold() -> None:
