@@ -192,7 +192,7 @@ def test_killed_twice_and_run_again_it_has_each_row_once(bundle: Path, tmp_path:
     seen = 0
     for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", SLOW, str(bundle), str(out)], stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while len(committed_parts(out, "predictions")) < seen + 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
