@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 LOOK_S = 0.5
+COVERAGE = 0.95
 
 
 def tree_cpu_s(command: Sequence[str]) -> tuple[float, float, str]:
@@ -90,6 +92,19 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     """Median, least and greatest of the rounds' ratios, theirs over ours: how many times faster we are."""
     found = [b / a for a, b in zip(ours, theirs, strict=True)]
     return {"ratio": statistics.median(found), "min": min(found), "max": max(found)}
+
+
+def interval(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """For the median of the rounds' ratios: from the k-th `low`est to the k-th `high`est, the narrowest whose `coverage` is at
+    least COVERAGE; the whole range where even that (below 6 rounds) is not."""
+    found = sorted(b / a for a, b in zip(ours, theirs, strict=True))
+    n = len(found)
+
+    def coverage(k: int) -> float:
+        return 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
+
+    k = max((k for k in range(1, n // 2 + 1) if coverage(k) >= COVERAGE), default=1)
+    return {"low": found[k - 1], "high": found[n - k], "coverage": coverage(k)}
 
 
 def say(name: str, figures: Mapping[str, Any]) -> None:

@@ -5,7 +5,8 @@ learning rates of the head, 3 epochs each, none stopped, features.cache = "all",
 image through the frozen stages of the deepest cut, and for every trial epochs x (train images x a step of what it trains +
 val images x a pass through that), by stage times that a plain PyTorch loop takes on inputs in memory: the mean of what
 they come to before and after each search. The ratio is the bound over the wall time of the whole search in this process: extraction, audits, rows and
-Parquet included, once data and network are loaded and the stages have been timed for the record. After these rounds, once:
+Parquet included, once data and network are loaded, the stages have been timed for the record, and a search of toys has imported
+what a process imports once. After these rounds, once:
 `speed_up` is over the same search with features.cache = "none", which passes every image live and must give the same
 losses; `on_ray` is the bound spread over the cores, over the time on Ray from the first extraction to the end of the last
 trial, whose losses must be the same too.
@@ -103,6 +104,7 @@ def main() -> None:
     losses: dict[str, dict[str, float]] = {}
     counts = {"trials": 0, "extracted": 0}
     with tempfile.TemporaryDirectory() as folder:
+        frostline.search(job_of(Path(folder) / "toys", quick=True), inline=True, console=console)
         prepared = prepare(job_of(Path(folder), quick=quick))
         facts_of(prepared)
 

@@ -49,7 +49,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from _measure import interleaved, ratios, say, tree_cpu_s
+from _measure import interleaved, interval, ratios, say, tree_cpu_s
 from frostline import results, search
 from frostline.estimate import facts_of
 from frostline.features import Feed
@@ -67,7 +67,6 @@ ARM, HIDDEN = "freeze", (0, 128)
 LR, HEAD_LR = (1e-5, 1e-2), (1e-3, 3e-2)
 FIRST = 2  # configurations that both sides start with: our strong defaults
 IMAGES_TOLERANCE = 2
-COVERAGE = 0.95
 LOOK_S = 0.5
 
 
@@ -283,18 +282,6 @@ def best(side: dict[str, Any]) -> float:
     return max(score for _, score in side["events"])
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """An interval for the median, from the k-th lowest value to the k-th highest, and its coverage: the narrowest that
-    covers with COVERAGE; the whole range where even that (below 6 values) does not."""
-    n, ordered = len(values), sorted(values)
-
-    def coverage(k: int) -> float:
-        return 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
-
-    k = max((k for k in range(1, n // 2 + 1) if coverage(k) >= COVERAGE), default=1)
-    return ordered[k - 1], ordered[n - k], coverage(k)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="seeds")
@@ -345,14 +332,11 @@ def main() -> None:
         for name, each in sides.items()
     }
     sizes = sides["ours"][0]["sizes"]
-    low, high, coverage = median_interval([b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)])
     say(
         "time_to_score",
         {
             **ratios(seconds["ours"], seconds["theirs"]),
-            "low": low,
-            "high": high,
-            "coverage": coverage,
+            **interval(seconds["ours"], seconds["theirs"]),
             "rounds": rounds,
             "counts": {
                 "trials": trials,
