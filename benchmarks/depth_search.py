@@ -3,10 +3,11 @@
 24 fixed trials of timm/resnet18 (random weights) on 400 digits at 64 px, scored on 100: 4 late cuts x 2 batch sizes x 3
 learning rates of the head, 3 epochs each, none stopped, features.cache = "all", one thread. The bound is one pass of each
 image through the frozen stages of the deepest cut, and for every trial epochs x (train images x a step of what it trains +
-val images x a pass through that), by stage times that a plain PyTorch loop takes on inputs in memory: the mean of what
-they come to before and after each search. The ratio is the bound over the wall time of the whole search in this process: extraction, audits, rows and
-Parquet included, once data and network are loaded, the stages have been timed for the record, and a search of toys has imported
-what a process imports once. After these rounds, once:
+val images x a pass through that), by stage times that a plain PyTorch loop takes on inputs in memory. They are taken right before
+each trial or pack, with the clock of the search stopped: a machine with other guests is a tenth slower in some minutes than in
+others. The ratio is the bound over the wall time of the whole search in this process: extraction, audits, rows and Parquet
+included, once data and network are loaded, the stages have been timed for the record, and a search of toys has imported what a
+process imports once. After these rounds, once:
 `speed_up` is over the same search with features.cache = "none", which passes every image live and must give the same
 losses; `on_ray` is the bound spread over the cores, over the time on Ray from the first extraction to the end of the last
 trial, whose losses must be the same too.
@@ -23,19 +24,24 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 from rich.console import Console
 
-import frostline
+import frostline.inline
 from _measure import interleaved, ratios, say
-from _trials import parts_of, search_trial
+from _trials import Parts, parts_of
 from frostline import results
 from frostline.estimate import facts_of
 from frostline.jobfile import parse_job
-from frostline.prepare import Prepared, prepare
+from frostline.pack import run_pack
+from frostline.prepare import prepare
 from frostline.spec import Job
 from frostline.testing import TOY_BACKBONE
+from frostline.trialspec import TrialSpec
 
 DEPTHS, TOY_DEPTHS = (2, 3, 4, 5), (1, 2, 3)
 BATCHES, HEAD_LRS, EPOCHS = (16, 32), (1e-3, 3e-3, 1e-2), 3
@@ -71,20 +77,31 @@ def job_of(root: Path, *, quick: bool, cache: str = "all") -> Job:
     )
 
 
-def bound_s(prepared: Prepared, depths: Sequence[int]) -> float:
-    """Seconds that the search must take at least, by stage times taken now."""
-    n_train, n_val = prepared.n_train, len(prepared.dataset.indices("val"))
-    parts = {
-        (depth, size): parts_of(
-            search_trial(prepared.job, "suffix", 0, {"freeze.depth": depth, "train.batch_size": size}, cached=True)
+@dataclass
+class Looks:
+    """What the parts of trials take, looked at right before them."""
+
+    trials: list[tuple[TrialSpec, Parts]] = field(default_factory=list)
+    seconds: float = 0.0
+    """What the looking took."""
+
+    def run_pack(self, specs: Sequence[TrialSpec], **others: Any) -> None:
+        """In place of the search's own."""
+        started = time.perf_counter()
+        parts = parts_of(specs[0])  # a pack's trials have one cut and batch size
+        self.trials += [(spec, parts) for spec in specs]
+        self.seconds += time.perf_counter() - started
+        run_pack(specs, **others)
+
+    def bound_s(self, n_train: int, n_val: int) -> float:
+        """Seconds that the search must take at least."""
+        deepest = max(spec.config.freeze.depth for spec, _ in self.trials)
+        frozen_s = statistics.fmean(
+            parts.frozen_s for spec, parts in self.trials if spec.config.freeze.depth == deepest
         )
-        for depth in depths
-        for size in BATCHES
-    }
-    extraction_s = (n_train + n_val) * min(parts[depths[-1], size].frozen_s for size in BATCHES)
-    return extraction_s + sum(
-        len(HEAD_LRS) * EPOCHS * (n_train * each.step_s + n_val * each.rest_s) for each in parts.values()
-    )
+        return (n_train + n_val) * frozen_s + sum(
+            EPOCHS * (n_train * parts.step_s + n_val * parts.rest_s) for _, parts in self.trials
+        )
 
 
 def losses_of(job: Job) -> dict[str, float]:
@@ -100,7 +117,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a toy network at 16 px, one round")
     arguments = parser.parse_args()
     quick, rounds = arguments.quick, 1 if arguments.quick else arguments.rounds
-    depths, console = TOY_DEPTHS if quick else DEPTHS, Console(file=io.StringIO())
+    console = Console(file=io.StringIO())
     losses: dict[str, dict[str, float]] = {}
     counts = {"trials": 0, "extracted": 0}
     with tempfile.TemporaryDirectory() as folder:
@@ -108,8 +125,8 @@ def main() -> None:
         prepared = prepare(job_of(Path(folder), quick=quick))
         facts_of(prepared)
 
-        def bound() -> float:
-            return bound_s(prepared, depths)
+        n_train, n_val = prepared.n_train, len(prepared.dataset.indices("val"))
+        bounds: list[float] = []
 
         def searched(name: str, cache: str, *, inline: bool = True) -> float:
             with tempfile.TemporaryDirectory(dir=folder) as root:
@@ -127,9 +144,14 @@ def main() -> None:
                     seconds = (max(ends) - began).total_seconds()
             return seconds
 
-        seconds = interleaved(
-            {"bound before": bound, "search": lambda: searched("search", "all"), "bound after": bound}, rounds
-        )
+        def looked_at() -> float:
+            looks = Looks()
+            with patch.object(frostline.inline, "run_pack", looks.run_pack):
+                seconds = searched("search", "all") - looks.seconds
+            bounds.append(looks.bound_s(n_train, n_val))
+            return seconds
+
+        seconds = interleaved({"search": looked_at}, rounds)
         seconds |= interleaved(
             {
                 "live": lambda: searched("live", "none"),
@@ -137,7 +159,6 @@ def main() -> None:
             },
             1,
         )
-    bounds = [statistics.fmean(pair) for pair in zip(seconds["bound before"], seconds["bound after"], strict=True)]
     difference = max(
         abs(losses[name][trial] - losses["search"][trial]) for name in losses for trial in losses["search"]
     )
@@ -147,7 +168,7 @@ def main() -> None:
         {
             **ratios(seconds["search"], bounds),
             "rounds": rounds,
-            "counts": {**counts, "images": prepared.n_train + len(prepared.dataset.indices("val"))},
+            "counts": {**counts, "images": n_train + n_val},
             "equal_scores": difference <= TOLERANCE,
             "largest_difference": difference,
             "speed_up": seconds["live"][0] / statistics.median(seconds["search"]),
