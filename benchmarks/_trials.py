@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from frostline.training import build_optimizer
 from frostline.trial import head_of, origin_of
 from frostline.trialspec import TrialSpec, configure, search_seeds, trial_of
 from frostline.world import World
-
-BLOCK_S, BLOCKS = 0.2, 5
 
 
 def search_trial(job: Job, arm: str, number: int, values: Mapping[str, Any], *, cached: bool) -> TrialSpec:
@@ -41,7 +38,7 @@ def search_trial(job: Job, arm: str, number: int, values: Mapping[str, Any], *, 
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds per image of what a trial does, each the median of several blocks."""
+    """Seconds per image of what a trial does."""
 
     frozen_s: float
     """A pass through the frozen stages."""
@@ -51,8 +48,8 @@ class Parts:
     """A pass through the rest."""
 
 
-def parts_of(spec: TrialSpec) -> Parts:
-    """Timed now, in a plain loop on inputs that lie in memory."""
+def parts_of(spec: TrialSpec, seconds: float = 1.0) -> Parts:
+    """Timed now, in a plain loop on inputs that lie in memory, each part for so many seconds."""
     world = World.here(spec.resources)
     origin, feed, config = origin_of(spec, world), Feed(), spec.config.train
     plan = compile_plan(spec.config.freeze, origin.backbone.stages)
@@ -80,22 +77,19 @@ def parts_of(spec: TrialSpec) -> Parts:
         network(activations)
 
     with torch.inference_mode():
-        frozen_s = _typical(frozen) / len(activations)
+        frozen_s = _mean_s(frozen, seconds) / len(activations)
     train_mode(network, applied)
-    step_s = _typical(step) / len(inputs)
+    step_s = _mean_s(step, seconds) / len(inputs)
     network.eval()
-    return Parts(frozen_s, step_s, _typical(rest) / len(activations))
+    return Parts(frozen_s, step_s, _mean_s(rest, seconds) / len(activations))
 
 
-def _typical(call: Callable[[], object]) -> float:
-    """Seconds of a call: the median of the means of several blocks of calls, after a first one. The fastest block would be a
-    stretch of luck on a machine with other guests, which no run of minutes has."""
+def _mean_s(call: Callable[[], object], seconds: float) -> float:
+    """Of calls after a first one. The fastest, or the median, would be luck on a machine with other guests, which no run of minutes
+    has."""
     call()
-    blocks = []
-    for _ in range(BLOCKS):
-        calls, started = 0, time.perf_counter()
-        while time.perf_counter() - started < BLOCK_S:
-            call()
-            calls += 1
-        blocks.append((time.perf_counter() - started) / calls)
-    return statistics.median(blocks)
+    calls, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds:
+        call()
+        calls += 1
+    return passed / calls

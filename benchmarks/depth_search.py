@@ -3,16 +3,16 @@
 24 fixed trials of timm/resnet18 (random weights) on 400 digits at 64 px, scored on 100: 4 late cuts x 2 batch sizes x 3
 learning rates of the head, 3 epochs each, none stopped, features.cache = "all", one thread. The bound is one pass of each
 image through the frozen stages of the deepest cut, and for every trial epochs x (train images x a step of what it trains +
-val images x a pass through that), by stage times that a plain PyTorch loop takes on inputs in memory. They are taken right before
-each trial or pack, with the clock of the search stopped: a machine with other guests is a tenth slower in some minutes than in
-others. The ratio is the bound over the wall time of the whole search in this process: extraction, audits, rows and Parquet
-included, once data and network are loaded, the stages have been timed for the record, and a search of toys has imported what a
-process imports once. After these rounds, once:
+val images x a pass through that), by stage times that a plain PyTorch loop takes on inputs in memory. They are taken before
+each trial or pack and after each of its epochs, with the clock of the search stopped: a machine with other guests is a tenth slower
+in some minutes than in others. The ratio is the bound over the wall time of the whole search in this process: extraction, audits,
+rows and Parquet included, once data and network are loaded, the stages have been timed for the record, and a search of toys has
+imported what a process imports once. After these rounds, once:
 `speed_up` is over the same search with features.cache = "none", which passes every image live and must give the same
 losses; `on_ray` is the bound spread over the cores, over the time on Ray from the first extraction to the end of the last
 trial, whose losses must be the same too.
 
-    python benchmarks/depth_search.py [--rounds 5] [--quick]
+    python benchmarks/depth_search.py [--rounds 3] [--quick]
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ from _trials import Parts, parts_of
 from frostline import results
 from frostline.estimate import facts_of
 from frostline.jobfile import parse_job
-from frostline.pack import run_pack
+from frostline.outcome import EpochRecord
+from frostline.pack import Report, run_pack
 from frostline.prepare import prepare
 from frostline.spec import Job
 from frostline.testing import TOY_BACKBONE
@@ -45,6 +47,7 @@ from frostline.trialspec import TrialSpec
 
 DEPTHS, TOY_DEPTHS = (2, 3, 4, 5), (1, 2, 3)
 BATCHES, HEAD_LRS, EPOCHS = (16, 32), (1e-3, 3e-3, 1e-2), 3
+LOOK_S = 0.4
 TOLERANCE = 1e-4  # between losses in float32: sums in another order, amplified by AdamW
 
 
@@ -79,29 +82,42 @@ def job_of(root: Path, *, quick: bool, cache: str = "all") -> Job:
 
 @dataclass
 class Looks:
-    """What the parts of trials take, looked at right before them."""
+    """What the parts of trials take, looked at beside them."""
 
-    trials: list[tuple[TrialSpec, Parts]] = field(default_factory=list)
+    parts: dict[TrialSpec, list[Parts]] = field(default_factory=lambda: defaultdict(list))
     seconds: float = 0.0
     """What the looking took."""
 
-    def run_pack(self, specs: Sequence[TrialSpec], **others: Any) -> None:
-        """In place of the search's own."""
+    def look(self, specs: Sequence[TrialSpec]) -> None:
+        """At trials of one cut and batch size, as those of a pack are."""
         started = time.perf_counter()
-        parts = parts_of(specs[0])  # a pack's trials have one cut and batch size
-        self.trials += [(spec, parts) for spec in specs]
+        found = parts_of(specs[0], LOOK_S)
+        for spec in specs:
+            self.parts[spec].append(found)
         self.seconds += time.perf_counter() - started
-        run_pack(specs, **others)
+
+    def run_pack(self, specs: Sequence[TrialSpec], *, report: Report, **others: Any) -> None:
+        """In place of the search's own."""
+
+        def looking(records: Mapping[str, EpochRecord]) -> Mapping[str, bool]:
+            self.look(specs)
+            return report(records)
+
+        self.look(specs)
+        run_pack(specs, report=looking, **others)
 
     def bound_s(self, n_train: int, n_val: int) -> float:
         """Seconds that the search must take at least."""
-        deepest = max(spec.config.freeze.depth for spec, _ in self.trials)
-        frozen_s = statistics.fmean(
-            parts.frozen_s for spec, parts in self.trials if spec.config.freeze.depth == deepest
+        depths = {spec: spec.config.freeze.depth for spec in self.parts}
+        deepest = [each for spec, parts in self.parts.items() if depths[spec] == max(depths.values()) for each in parts]
+        return (n_train + n_val) * mean_s(deepest, "frozen_s") + sum(
+            EPOCHS * (n_train * mean_s(parts, "step_s") + n_val * mean_s(parts, "rest_s"))
+            for parts in self.parts.values()
         )
-        return (n_train + n_val) * frozen_s + sum(
-            EPOCHS * (n_train * parts.step_s + n_val * parts.rest_s) for _, parts in self.trials
-        )
+
+
+def mean_s(parts: Sequence[Parts], name: str) -> float:
+    return statistics.fmean(getattr(each, name) for each in parts)
 
 
 def losses_of(job: Job) -> dict[str, float]:
@@ -113,7 +129,7 @@ def losses_of(job: Job) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a toy network at 16 px, one round")
     arguments = parser.parse_args()
     quick, rounds = arguments.quick, 1 if arguments.quick else arguments.rounds
