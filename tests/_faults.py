@@ -33,7 +33,7 @@ MATRIX: dict[int, Row] = {
     8: Row("a node freezes and comes back", "each trial has one row, whoever reports late"),
     9: Row("a node is cut off the network and comes back", "each trial has one row, whoever reports late"),
     10: Row("the network is slow", "the rows of a fast one"),
-    11: Row("one in ten of Ray's calls fails, of those but to actors", "the rows of a sound one"),
+    11: Row("of each of Ray's services in turn, one call in ten fails, but those to actors", "the rows of a sound one"),
     12: Row("the driver is killed at any step", "each row once, none lost"),
     13: Row("the driver is killed again and again", "rows never fewer, each once in the end"),
     14: Row("SIGINT, SIGTERM, SIGINT twice", "committed, exit code 130 or 143, goes on later"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -483,30 +484,35 @@ def test_a_search_whose_head_is_back_in_time_goes_on(kept: Cluster, tmp_path: Pa
 
 
 @pytest.fixture
-def lossy(own_cache: None) -> Iterator[Cluster]:
-    """Two nodes whose calls to head, nodes and owners fail, one in ten before they are sent and one in ten when they are
-    answered; but those that run a method of an actor, as Ray does not send again what may have been done."""
-    from ray.core.generated import core_worker_pb2, gcs_service_pb2, node_manager_pb2, pubsub_pb2
-
-    services = {
-        service.name: service.methods_by_name
-        for module in (gcs_service_pb2, node_manager_pb2, core_worker_pb2, pubsub_pb2)
-        for service in module.DESCRIPTOR.services_by_name.values()
-    }
+def lossy(own_cache: None, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Two nodes whose calls of some services fail, one in ten before they are sent and one in ten when they are answered; but those that
+    run a method of an actor, as Ray does not send again what may have been done."""
+    described = importlib.import_module(f"ray.core.generated.{request.param}_pb2").DESCRIPTOR.services_by_name
+    methods = [
+        f"{service.name}.grpc_client.{name}"
+        for service in described.values()
+        for name in service.methods_by_name
+        if "PushTask" not in name
+    ]
     odds = {"num_failures": -1, "req_failure_prob": 10, "resp_failure_prob": 10}
-    methods = [f"{service}.grpc_client.{name}" for service, names in services.items() for name in names]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_testing_rpc_failure", json.dumps({name: odds for name in methods if "PushTask" not in name}))
+        patch.setenv("RAY_testing_rpc_failure", json.dumps(dict.fromkeys(methods, odds)))
         yield localcluster.up(2, 1)
         localcluster.down()
 
 
 @pytest.mark.long
 @pytest.mark.fault(11)
+@pytest.mark.parametrize(
+    "lossy",
+    ["gcs_service", "node_manager", "core_worker", "pubsub"],
+    ids=["of the head", "of nodes", "of workers", "of who listens"],
+    indirect=True,
+)
 def test_calls_that_fail_change_no_number(lossy: Cluster, tmp_path: Path) -> None:
     options = (*PLAIN, "search.trials=6", "confirm.seeds=1")
     searching = driver(lossy, SEARCH, str(tmp_path / "lossy" / "study"), *options)
-    _, said = searching.communicate(timeout=590)
+    _, said = searching.communicate(timeout=300)
     assert searching.returncode == 0, said
     assert "RpcFailureManager" in said, "calls are made to fail"
     answer(driver(lossy, SEARCH.replace("address=sys.argv[1]", "inline=True"), str(tmp_path / "study"), *options))
